@@ -1,0 +1,360 @@
+"""Llama and its kin (SmolLM2, Qwen3) in Flax NNX: prefill, decode_step, and generate as one traceable function.
+
+`generation(name, batch=, prompt=, new_tokens=)` hands on `(fn, args)`: `fn(weights, tokens)` is the whole request, prefill and
+the token loop together. Without `seed` or `weights` every leaf is a `jax.ShapeDtypeStruct`, so that 405 billion parameters cost
+nothing; with them the leaves are NumPy arrays, so that building a model starts no JAX backend.
+
+Shapes: B batch, S prompt length, T cache length (prompt + new tokens), H query heads, K key/value heads, D head size, E width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.checkpoint import ModelError
+
+Make = Callable[[str, tuple[int, ...]], Any]  # (name, shape) -> an array or a ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """The frequency scaling of Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended."""
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Shape of one member of the family; nothing but numbers, under the names that Hugging Face's config.json means by them."""
+
+    vocab: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+    qk_norm: bool = False
+    dtype: str = "bfloat16"
+
+
+def _llama31(**shape: int) -> Config:
+    return Config(vocab=128_256, kv_heads=8, head_dim=128, rope_scaling=RopeScaling(factor=8.0), **shape)
+
+
+CONFIGS: dict[str, Config] = {
+    "tiny": Config(vocab=256, dim=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=160, dtype="float32"),
+    "smollm2-135m": Config(vocab=49_152, dim=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536, rope_theta=1e5, tied=True),
+    "llama-3.2-1b": Config(vocab=128_256, dim=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ffn=8192,
+                           rope_scaling=RopeScaling(factor=32.0), tied=True),
+    "llama-3.1-8b": _llama31(dim=4096, layers=32, heads=32, ffn=14_336),
+    "llama-3.1-70b": _llama31(dim=8192, layers=80, heads=64, ffn=28_672),
+    "llama-3.1-405b": _llama31(dim=16_384, layers=126, heads=128, ffn=53_248),
+    "qwen3-8b": Config(vocab=151_936, dim=4096, layers=36, heads=32, kv_heads=8, head_dim=128, ffn=12_288, rope_theta=1e6,
+                       norm_eps=1e-6, qk_norm=True),
+}  # fmt: skip
+
+
+def inverse_frequencies(cfg: Config) -> np.ndarray:
+    """RoPE's angular frequencies, float32 [D/2], with the Llama-3.1 scaling where the config has it."""
+    freq = 1.0 / cfg.rope_theta ** (np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
+    if (s := cfg.rope_scaling) is not None:
+        turns = s.original * freq / (2 * math.pi)  # full turns within the original context
+        keep = np.clip((turns - s.low) / (s.high - s.low), 0.0, 1.0)
+        freq = freq * keep + freq / s.factor * (1 - keep)
+    return freq.astype(np.float32)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the two halves of each head, x [B, S, H, D], by the angles of its position, cos and sin [S, D/2]."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Grouped-query attention: q [B, S, H, D] over k, v [B, T, K, D] where mask [S, T] allows; gives [B, S, H * D]."""
+    B, S, H, D = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, S, K, H // K, D)
+    scores = jnp.einsum("bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32) * D**-0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgst,btkd->bskgd", weights, v).reshape(B, S, H * D)
+
+
+class Linear(nnx.Module):
+    """y = x W, without bias, as everywhere in this family."""
+
+    def __init__(self, name: str, din: int, dout: int, make: Make):
+        self.kernel = nnx.Param(make(f"{name}.weight", (din, dout)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...]
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, name: str, dim: int, eps: float, make: Make):
+        self.scale = nnx.Param(make(f"{name}.weight", (dim,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...] * h.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, name: str, cfg: Config, make: Make):
+        H, K, D = cfg.heads, cfg.kv_heads, cfg.head_dim
+        self.q = Linear(f"{name}.q_proj", cfg.dim, H * D, make)
+        self.k = Linear(f"{name}.k_proj", cfg.dim, K * D, make)
+        self.v = Linear(f"{name}.v_proj", cfg.dim, K * D, make)
+        self.o = Linear(f"{name}.o_proj", H * D, cfg.dim, make)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(f"{name}.q_norm", D, cfg.norm_eps, make)
+            self.k_norm = RMSNorm(f"{name}.k_norm", D, cfg.norm_eps, make)
+        self.cfg = cfg
+
+    def __call__(self, x, cos, sin, cache, pos):  # type: ignore[no-untyped-def]
+        """x [B, S, E], cache (k, v) each [B, T, K, D]; pos is None in prefill, else the position of the one new token."""
+        cfg = self.cfg
+        B, S, _ = x.shape
+        q = self.q(x).reshape(B, S, cfg.heads, cfg.head_dim)
+        k = self.k(x).reshape(B, S, cfg.kv_heads, cfg.head_dim)
+        v = self.v(x).reshape(B, S, cfg.kv_heads, cfg.head_dim)
+        if cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        start = (0, 0 if pos is None else pos, 0, 0)
+        cache = tuple(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cache, (k, v), strict=True))
+        if pos is None:
+            y = attend(q, k, v, jnp.tril(jnp.ones((S, S), bool)))
+        else:
+            y = attend(q, *cache, jnp.arange(cache[0].shape[1])[None, :] <= pos)
+        return self.o(y), cache
+
+
+class MLP(nnx.Module):
+    def __init__(self, name: str, cfg: Config, make: Make):
+        self.gate = Linear(f"{name}.gate_proj", cfg.dim, cfg.ffn, make)
+        self.up = Linear(f"{name}.up_proj", cfg.dim, cfg.ffn, make)
+        self.down = Linear(f"{name}.down_proj", cfg.ffn, cfg.dim, make)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, name: str, cfg: Config, make: Make):
+        self.attn_norm = RMSNorm(f"{name}.input_layernorm", cfg.dim, cfg.norm_eps, make)
+        self.attn = Attention(f"{name}.self_attn", cfg, make)
+        self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", cfg.dim, cfg.norm_eps, make)
+        self.mlp = MLP(f"{name}.mlp", cfg, make)
+
+    def __call__(self, x, cos, sin, cache, pos):  # type: ignore[no-untyped-def]
+        with jax.named_scope("attn"):
+            y, cache = self.attn(self.attn_norm(x), cos, sin, cache, pos)
+            x = x + y
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """The model. With `scanned` the blocks' weights and caches are stacked on a leading layer axis and run by `lax.scan`."""
+
+    def __init__(self, cfg: Config, make: Make, *, scanned: bool = False):
+        self.embed = nnx.Param(make("model.embed_tokens.weight", (cfg.vocab, cfg.dim)))
+        if scanned:
+            self.blocks = Block("model.layers.*", cfg, lambda name, shape: make(name, (cfg.layers, *shape)))
+        else:
+            self.blocks = nnx.List([Block(f"model.layers.{i}", cfg, make) for i in range(cfg.layers)])
+        self.norm = RMSNorm("model.norm", cfg.dim, cfg.norm_eps, make)
+        if not cfg.tied:
+            self.head = Linear("lm_head", cfg.dim, cfg.vocab, make)
+        self.cfg, self.scanned = cfg, scanned
+
+    def new_cache(self, batch: int, length: int) -> Any:
+        """Zeros for keys and values: a pair of [B, T, K, D] for each layer, or one pair of [layers, B, T, K, D] when scanned."""
+        cfg = self.cfg
+        shape = (batch, length, cfg.kv_heads, cfg.head_dim)
+        dtype = self.embed[...].dtype
+        if self.scanned:
+            return tuple(jnp.zeros((cfg.layers, *shape), dtype) for _ in "kv")
+        return [tuple(jnp.zeros(shape, dtype) for _ in "kv") for _ in range(cfg.layers)]
+
+    def forward(self, tokens, cache, pos):  # type: ignore[no-untyped-def]
+        """tokens int32 [B, S] -> logits float32 [B, vocab] of the last position, and the cache with S more positions."""
+        positions = jnp.arange(tokens.shape[1]) if pos is None else jnp.full((1,), pos)
+        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(self.cfg))
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        with jax.named_scope("embed"):
+            x = self.embed[...][tokens]
+        if self.scanned:
+            graphdef, stacked = nnx.split(self.blocks)
+
+            def layer(x, xs):  # type: ignore[no-untyped-def]
+                weights, layer_cache = xs
+                return nnx.merge(graphdef, weights)(x, cos, sin, layer_cache, pos)
+
+            with jax.named_scope("layers"):
+                x, cache = jax.lax.scan(layer, x, (stacked, cache))
+        else:
+            caches = []
+            for i, block in enumerate(self.blocks):
+                with jax.named_scope(f"layers.{i}"):
+                    x, layer_cache = block(x, cos, sin, cache[i], pos)
+                caches.append(layer_cache)
+            cache = caches
+        with jax.named_scope("head"):
+            x = self.norm(x)[:, -1]
+            logits = jnp.einsum("be,ve->bv", x, self.embed[...]) if self.cfg.tied else self.head(x)
+            return logits.astype(jnp.float32), cache
+
+    def prefill(self, tokens, length: int):  # type: ignore[no-untyped-def]
+        """Read the whole prompt, tokens [B, S]: logits [B, vocab] of the last position and a cache of `length` positions."""
+        return self.forward(tokens, self.new_cache(tokens.shape[0], length), None)
+
+    def decode_step(self, token, cache, pos):  # type: ignore[no-untyped-def]
+        """Read one token [B] at position `pos`: logits [B, vocab] and the cache with that position written."""
+        return self.forward(token[:, None], cache, pos)
+
+
+def choose(logits: jax.Array, key: jax.Array | None, temperature: float) -> tuple[jax.Array, jax.Array | None]:
+    """The next token [B] of logits [B, vocab]: the likeliest, or a sample where there is a key (which is then split)."""
+    if key is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
+    key, use = jax.random.split(key)
+    return jax.random.categorical(use, logits / temperature, axis=-1).astype(jnp.int32), key
+
+
+def generate(model, tokens, new_tokens, *, key=None, temperature=1.0, eos=None, loop="scan", logits=False):  # type: ignore[no-untyped-def]
+    """Prefill, then decode until `new_tokens` [B, new_tokens] are written; with `logits`, those of every step as well.
+
+    `loop="while"` stops early once every sequence has written `eos` (None: never); later places then hold `eos` or 0.
+    """
+    B, S = tokens.shape
+    first_logits, cache = model.prefill(tokens, S + new_tokens)
+    token, key = choose(first_logits, key, temperature)
+    if loop == "scan":
+
+        def step(carry, _):  # type: ignore[no-untyped-def]
+            token, pos, cache, key = carry
+            step_logits, cache = model.decode_step(token, cache, pos)
+            token, key = choose(step_logits, key, temperature)
+            return (token, pos + 1, cache, key), (token, step_logits if logits else None)
+
+        _, (rest, rest_logits) = jax.lax.scan(step, (token, jnp.int32(S), cache, key), None, length=new_tokens - 1)
+        out = jnp.concatenate([token[:, None], rest.T], axis=1)
+        return (out, jnp.concatenate([first_logits[None], rest_logits]).swapaxes(0, 1)) if logits else out
+
+    def going(carry):  # type: ignore[no-untyped-def]
+        i, _, done, *_ = carry
+        return (i < new_tokens) & ~jnp.all(done)
+
+    def advance(carry):  # type: ignore[no-untyped-def]
+        i, token, done, out, cache, key = carry
+        step_logits, cache = model.decode_step(token, cache, S + i - 1)
+        token, key = choose(step_logits, key, temperature)
+        token = token if eos is None else jnp.where(done, eos, token)
+        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
+        return i + 1, token, done if eos is None else done | (token == eos), out, cache, key
+
+    done = jnp.zeros(B, bool) if eos is None else token == eos
+    out = jnp.zeros((B, new_tokens), jnp.int32) if eos is None else jnp.full((B, new_tokens), eos, jnp.int32)
+    out = jax.lax.dynamic_update_slice(out, token[:, None], (0, 0))
+    return jax.lax.while_loop(going, advance, (jnp.int32(1), token, done, out, cache, key))[3]
+
+
+def shapes(dtype: str) -> Make:
+    """Make every parameter as a shape without numbers."""
+    return lambda name, shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def numbers(dtype: str, seed: int) -> Make:
+    """Make every parameter as a NumPy array: ones for norms, else normal with standard deviation 1/sqrt(fan-in)."""
+    rng = np.random.default_rng(seed)
+
+    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if "norm" in name:
+            return np.ones(shape, jnp.dtype(dtype))
+        fan_in = shape[-1] if "embed" in name else shape[-2]
+        return (rng.standard_normal(shape, np.float32) / math.sqrt(fan_in)).astype(jnp.dtype(dtype))
+
+    return make
+
+
+def generation(
+    name: str | Config,
+    *,
+    batch: int = 1,
+    prompt: int | np.ndarray = 128,
+    new_tokens: int = 32,
+    seed: int | None = None,
+    weights: Make | None = None,
+    dtype: str | None = None,
+    layers: Literal["unrolled", "scanned"] = "unrolled",
+    loop: Literal["scan", "while"] = "scan",
+    sample: bool = False,
+    temperature: float = 1.0,
+    eos: int | None = None,
+    logits: bool = False,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One request as a traceable function and its arguments: `fn(weights, tokens[, key])` -> tokens int32 [batch, new_tokens].
+
+    `name` is one of CONFIGS or a Config. `prompt` is a length, or token ids [batch, S]. Without `seed` and `weights` the weights
+    are shapes only. `sample` draws from the distribution with a key (third argument) instead of taking the likeliest token;
+    `logits` adds the logits float32 [batch, new_tokens, vocab] to the result (for `loop="scan"`).
+    Raises ModelError for a name that is not in CONFIGS and for lengths that make no request.
+    """
+    cfg = config(name)
+    if dtype is not None:
+        cfg = dataclasses.replace(cfg, dtype=dtype)
+    ids = None if isinstance(prompt, int) else np.asarray(prompt, np.int32)
+    length = prompt if isinstance(prompt, int) else int(np.shape(prompt)[1])
+    batch = batch if ids is None else ids.shape[0]
+    if batch < 1 or length < 1 or new_tokens < 2:
+        raise ModelError(
+            f"a request of batch {batch}, prompt {length} and {new_tokens} new tokens cannot be generated",
+            where=f"generation({name!r})", mend="give batch >= 1, prompt >= 1 and new_tokens >= 2",
+        )  # fmt: skip
+    if logits and loop != "scan":
+        raise ModelError("logits are kept by the scan loop only", where=f"generation({name!r})", mend="pass loop='scan'")
+    make = weights or (shapes(cfg.dtype) if seed is None else numbers(cfg.dtype, seed))
+    graphdef, state = nnx.split(Llama(cfg, make, scanned=layers == "scanned"))
+
+    def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
+        model = nnx.merge(graphdef, weights)
+        return generate(model, tokens, new_tokens, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
+
+    fn.__name__ = fn.__qualname__ = "generate"
+    concrete = weights is not None or seed is not None
+    rng = np.random.default_rng(0 if seed is None else seed)
+    if ids is None:
+        ids = rng.integers(0, cfg.vocab, (batch, length), np.int32) if concrete else jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    key = np.array([0, seed or 0], np.uint32) if concrete else jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return fn, (state, ids, key) if sample else (state, ids)
+
+
+def config(name: str | Config) -> Config:
+    """Look a configuration up by name; raises ModelError with the names there are."""
+    if isinstance(name, Config):
+        return name
+    if name not in CONFIGS:
+        raise ModelError(f"no Llama configuration is called {name!r}", where="models.llama.CONFIGS",
+                         mend="use one of " + ", ".join(CONFIGS))  # fmt: skip
+    return CONFIGS[name]

@@ -1,0 +1,244 @@
+"""The only file that touches `jax.extend`. It reads jaxprs into graphs, and writes ops back as jaxprs that JAX can compile.
+
+Everything branches on what a value can do, never on a version: on some JAX versions a closed jaxpr and a jaxpr are one class, and
+a scan's arity stands in other parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+from partition.graph import Graph, Loop, Op, Role, Span, Tensor, Value, itemsize, reads, writes
+
+_OPAQUE = frozenset({"scan", "while", "cond", "shard_map", "pallas_call", "custom_partitioning", "run_state", "custom_linear_solve"})
+_CALLEES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def body_of(jaxpr: Any) -> Any:
+    """The open jaxpr of a closed one."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def consts_of(jaxpr: Any) -> tuple[Any, ...]:
+    """The constants that a jaxpr closes over."""
+    return tuple(getattr(jaxpr, "consts", ()))
+
+
+def _scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    groups = params["ft_in"].unpack()
+    return len(groups[0]), len(groups[1])
+
+
+def _callee(eqn: Any) -> Any:
+    """The jaxpr of a call that can be inlined, else None."""
+    if eqn.primitive.name in _OPAQUE:
+        return None
+    held = [eqn.params[k] for k in _CALLEES if k in eqn.params]
+    if len(held) != 1:
+        return None
+    inner = body_of(held[0])
+    fits = len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars)
+    return held[0] if fits else None
+
+
+def _join(outer: str, inner: str) -> str:
+    return f"{outer}/{inner}" if outer and inner else outer or inner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A graph with the handles that lead back: op id -> eqn, tensor id -> aval, const and literal ids -> their values."""
+
+    graph: Graph
+    eqns: list[Any]
+    avals: list[Any]
+    values: dict[int, Any]
+
+
+class _Reader:
+    """Reads one jaxpr, bodies included, into one table of tensors. Calls are inlined and keep their caller's scope."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.avals: list[Any] = []
+        self.eqns: list[Any] = []
+        self.values: dict[int, Any] = {}
+        self._consts: dict[int, int] = {}
+        self._literals: dict[Any, int] = {}
+        self._scopes: dict[Any, str] = {}
+
+    def tensor(self, aval: Any, role: Role, name: str = "") -> int:
+        shape, dtype = tuple(getattr(aval, "shape", ())), str(getattr(aval, "dtype", "float0"))
+        size: Any = 1
+        for n in shape:
+            size = size * n
+        made = Tensor(id=len(self.tensors), shape=shape, dtype=dtype, role=role, name=name, nbytes=size * itemsize(dtype))
+        self.tensors.append(made)
+        self.avals.append(aval)
+        return made.id
+
+    def const(self, var: Any, value: Any) -> int:
+        if id(value) not in self._consts:
+            self._consts[id(value)] = self.tensor(var.aval, Role.CONST, f"const{len(self._consts)}")
+            self.values[self._consts[id(value)]] = value
+        return self._consts[id(value)]
+
+    def literal(self, atom: Any) -> int:
+        key = (str(atom.val), str(atom.aval))
+        if key not in self._literals:
+            self._literals[key] = self.tensor(atom.aval, Role.LITERAL, key[0])
+            self.values[self._literals[key]] = atom.val
+        return self._literals[key]
+
+    def scope(self, outer: str, eqn: Any) -> str:
+        stack = eqn.source_info.name_stack
+        if stack not in self._scopes:
+            self._scopes[stack] = str(stack)
+        return _join(outer, self._scopes[stack])
+
+    def graph(self, jaxpr: Any, roles: Sequence[tuple[Role, str]] | None, scope: str = "") -> Graph:
+        inner = body_of(jaxpr)
+        env: dict[Any, int] = {}
+        env.update((v, self.const(v, c)) for v, c in zip(inner.constvars, consts_of(jaxpr), strict=True))
+        for n, v in enumerate(inner.invars):
+            env[v] = self.tensor(v.aval, *(roles[n] if roles is not None else (Role.ACTIVATION, "")))
+        ops: list[Op] = []
+        self.equations(inner, env, ops, scope)
+        outputs = tuple(self.atom(env, v) for v in inner.outvars)
+        return Graph(ops=live(ops, outputs), inputs=tuple(env[v] for v in inner.invars), outputs=outputs, tensors=self.tensors)
+
+    def atom(self, env: dict[Any, int], atom: Any) -> int:
+        return self.literal(atom) if isinstance(atom, jex.Literal) else env[atom]
+
+    def equations(self, inner: Any, env: dict[Any, int], ops: list[Op], scope: str) -> None:
+        for eqn in inner.eqns:
+            inputs = tuple([self.atom(env, a) for a in eqn.invars])
+            here = self.scope(scope, eqn)
+            if (callee := _callee(eqn)) is not None:
+                called = body_of(callee)
+                bound = dict(zip(called.invars, inputs, strict=True))
+                bound.update((v, self.const(v, c)) for v, c in zip(called.constvars, consts_of(callee), strict=True))
+                self.equations(called, bound, ops, here)
+                env.update((v, self.atom(bound, a)) for v, a in zip(eqn.outvars, called.outvars, strict=True))
+                continue
+            number = len(self.eqns)
+            self.eqns.append(eqn)
+            name, params = eqn.primitive.name, eqn.params
+            loop, inside = None, ()
+            if name in ("scan", "while"):
+                loop = self.loop(name, params, here)
+            elif name == "cond":
+                inside = tuple(self.graph(b, None, here) for b in params["branches"])
+            outputs = tuple([self.tensor(v.aval, Role.ACTIVATION) for v in eqn.outvars])
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            ops.append(Op(id=number, primitive=name, inputs=inputs, outputs=outputs, params=params, scope=here, loop=loop, bodies=inside))  # fmt: skip
+
+    def loop(self, name: str, params: Mapping[str, Any], scope: str) -> Loop:
+        if name == "scan":
+            consts, carry = _scan_arity(params)
+            body = self.graph(params["jaxpr"], None, scope)
+            return Loop(kind=name, trips=params["length"], cond_consts=0, consts=consts, carry=carry, body=body,
+                        reverse=params["reverse"])  # fmt: skip
+        body, cond = self.graph(params["body_jaxpr"], None, scope), self.graph(params["cond_jaxpr"], None, scope)
+        consts = params["body_nconsts"]
+        return Loop(kind=name, trips=None, cond_consts=params["cond_nconsts"], consts=consts,
+                    carry=len(body.inputs) - consts, body=body, cond=cond)  # fmt: skip
+
+
+def live(ops: Sequence[Op], outputs: Iterable[int]) -> tuple[Op, ...]:
+    """The ops that some output needs, in order: tracing leaves dead equations behind, which no compiler runs."""
+    needed, kept = set(outputs), []
+    for op in reversed(ops):
+        if not needed.isdisjoint(op.outputs):
+            kept.append(op)
+            needed.update(op.inputs)
+    return tuple(reversed(kept))
+
+
+def read(jaxpr: Any, roles: Sequence[tuple[Role, str]]) -> Lowered:
+    """Read a closed jaxpr into a graph. `roles` gives role and name of each of its inputs."""
+    reader = _Reader()
+    graph = reader.graph(jaxpr, roles)
+    return Lowered(graph=graph, eqns=reader.eqns, avals=reader.avals, values=reader.values)
+
+
+def source(eqn: Any) -> str:
+    """Where the user wrote an equation: "file:line (function)"."""
+    return str(source_info_util.summarize(eqn.source_info))
+
+
+def slice_aval(aval: Any, span: Span) -> Any:
+    """The aval of a stacked tensor's rows [start, stop); the whole one for a carry between ranges."""
+    if span is None or span[0] == span[1]:
+        return aval
+    return jax.core.ShapedArray((span[1] - span[0], *aval.shape[1:]), aval.dtype)
+
+
+def _with_span(eqn: Any, span: Span) -> Mapping[str, Any]:
+    return eqn.params if span is None else {**eqn.params, "length": span[1] - span[0]}
+
+
+def write(
+    ops: Iterable[tuple[Op, Span]], inputs: Sequence[Value], outputs: Sequence[Value], lowered: Lowered, *, name: str
+) -> Any:
+    """The closed jaxpr of some ops: `inputs` and `outputs` in this order; literals stay literals, constants are inputs.
+
+    An op with a span is a scan over that range alone: its stacked operands and results are values with the same span.
+    """
+    env: dict[Value, Any] = {}
+
+    def var(value: Value) -> Any:
+        if value not in env:
+            env[value] = jex.Var(slice_aval(lowered.avals[value[0]], value[1]))
+        return env[value]
+
+    def atom(value: Value) -> Any:
+        if lowered.graph.tensors[value[0]].role is Role.LITERAL:
+            return jex.Literal(lowered.values[value[0]], lowered.avals[value[0]])
+        return var(value)
+
+    invars = [var(v) for v in inputs]
+    eqns, effects = [], set()
+    for op, span in ops:
+        eqn = lowered.eqns[op.id]
+        eqns.append(eqn.replace(
+            invars=[atom(v) for v in reads(op, span)],
+            outvars=[var(v) for v in writes(op, span)],
+            params=_with_span(eqn, span),
+        ))  # fmt: skip
+        effects |= set(eqn.effects)
+    outvars = [atom(v) for v in outputs]
+    debug = jex.DebugInfo("jit", name, tuple(f"x{i}" for i in range(len(invars))), tuple(f"y{i}" for i in range(len(outvars))))
+    inner = jex.Jaxpr(constvars=(), invars=invars, outvars=outvars, eqns=eqns, effects=frozenset(effects) or jex.no_effects, debug_info=debug)  # fmt: skip
+    return jex.ClosedJaxpr(inner, ())
+
+
+def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
+    """A closed jaxpr as a function of its inputs."""
+    return jex.jaxpr_as_fun(jaxpr)
+
+
+def check(jaxpr: Any) -> None:
+    """Raise where a jaxpr is malformed."""
+    jex.check_jaxpr(body_of(jaxpr))
+
+
+def is_key(aval: Any) -> bool:
+    """Whether an aval is a typed PRNG key."""
+    return bool(jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key))
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A value as NumPy sees it; a typed PRNG key as its words."""
+    if hasattr(value, "dtype") and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    return np.asarray(value)

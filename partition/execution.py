@@ -1,0 +1,273 @@
+"""Compiles stages ahead of time for the CPU host devices that stand for their meshes, and runs them.
+
+Each mesh is given `stand_in` host devices of its own. Inside it ops run tensor-parallel under the named shardings that `sharding.py`
+chose for that degree. Values cross by explicit transfers, whose bytes are counted from the arrays that were moved. Nothing waits
+between stages: JAX dispatches ahead, and only a loop's condition is read on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from partition import _jax
+from partition.dispatch import Walk
+from partition.errors import ExecutionError
+from partition.graph import Value
+from partition.program import Program
+from partition.sharding import Layout, Split, layout
+from partition.stages import Stage, Stages
+
+STRICT = {"xla_allow_excess_precision": False, "xla_cpu_use_fusion_emitters": False}
+"""Compiler options under which a cut changes no bit: values are rounded where the program says, and no multiply-add is contracted
+across what a cut would part. Those that this jaxlib knows are used."""
+
+
+@functools.cache
+def strict_options() -> Mapping[str, Any]:
+    """The options of STRICT that the installed jaxlib accepts, tried one by one."""
+    known = {}
+    for name, value in STRICT.items():
+        lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), jnp.float32))
+        with contextlib.suppress(Exception):
+            lowered.compile({name: value})
+            known[name] = value
+    return known
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moved:
+    """One transfer that really took place."""
+
+    value: Value
+    src: int
+    dst: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a run did: transfers in order, stage outputs where asked for (stage id, trip, value) -> array, seconds until all was done."""
+
+    moved: tuple[Moved, ...]
+    kept: Mapping[tuple[int, int, Value], np.ndarray]
+    seconds: float
+
+    def bytes_between(self, src: int, dst: int) -> int:
+        """Bytes that went from one mesh to another."""
+        return sum(m.nbytes for m in self.moved if (m.src, m.dst) == (src, dst))
+
+
+def _host_mesh(devices: Sequence[Any]) -> Mesh:
+    """Host devices as a mesh with one axis for each prime factor of their number, so that any divisor can split a dimension."""
+    n, factors, p = len(devices), [], 2
+    while n > 1:
+        while n % p == 0:
+            factors.append(p)
+            n //= p
+        p += 1
+    names = tuple(f"t{i}" for i in range(len(factors))) or ("t0",)
+    return Mesh(np.array(devices).reshape(tuple(factors) or (1,)), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _spec(mesh: Mesh, split: Split | None, rank: int) -> PartitionSpec:
+    """The partition spec of a tensor that is split along one dimension, over axes whose sizes make up the ways; else replicated."""
+    if split is None:
+        return PartitionSpec()
+    axes, left = [], split[1]
+    for name, n in mesh.shape.items():
+        if left % n == 0 and n > 1:
+            axes.append(name)
+            left //= n
+    if left != 1 or split[0] >= rank:
+        return PartitionSpec()
+    return PartitionSpec(*([None] * split[0]), tuple(axes))
+
+
+class Runner:
+    """Compiled stages of a cut program. `load(*args)` places weights and inputs; `run(loaded)` computes; calling does both."""
+
+    def __init__(self, stages: Stages, *, strict: bool = True, progress: Callable[[str], None] | None = None):
+        self.stages, self.program = stages, stages.program
+        self.lowered = self.program.entry.lowered
+        self.tensors = self.program.graph.tensors
+        self.options = dict(strict_options()) if strict else {}
+        cluster = stages.problem.cluster
+        assert cluster is not None
+        sizes = [m.stand_in for m in cluster.meshes]
+        used = sorted({s.mesh for s in stages.all})
+        devices = jax.devices("cpu")
+        needed = sum(sizes[m] for m in used)
+        if len(devices) < needed:
+            raise ExecutionError(
+                f"the stages need {needed} CPU host devices, JAX shows {len(devices)}",
+                where=f"meshes {', '.join(cluster.meshes[m].name for m in used)} of cluster {cluster.name}",
+                mend=f"call partition.host_devices({needed}) before JAX is first used, or set JAX_NUM_CPU_DEVICES={needed}",
+            )  # fmt: skip
+        self.meshes: dict[int, Mesh] = {}
+        self.layouts: dict[int, Layout] = {}
+        first, by_degree = 0, dict[int, Layout]()
+        for m in used:
+            self.meshes[m] = _host_mesh(devices[first : first + sizes[m]])
+            first += sizes[m]
+            if sizes[m] not in by_degree:
+                by_degree[sizes[m]] = layout(self.program.graph, sizes[m])
+            self.layouts[m] = by_degree[sizes[m]]
+        self.compiled: dict[int, Callable[..., Any]] = {}
+        self.unique = 0
+        self._compile(progress)
+
+    def sharding(self, value: Value, mesh: int) -> NamedSharding:
+        """How a value lies on a mesh."""
+        split = self.layouts[mesh].tensors.get(value[0])
+        return NamedSharding(self.meshes[mesh], _spec(self.meshes[mesh], split, len(self.tensors[value[0]].shape)))
+
+    def _compile(self, progress: Callable[[str], None] | None) -> None:
+        seen: dict[Any, Callable[..., Any]] = {}
+        for n, stage in enumerate(self.stages.all):
+            if progress:
+                progress(f"compile stage {n + 1} of {len(self.stages.all)}")
+            inner = _jax.body_of(stage.jaxpr)
+            ins = tuple(self.sharding(v, stage.mesh) for v in stage.inputs)
+            outs = tuple(self.sharding(v, stage.mesh) for v in stage.outputs)
+            text = hashlib.sha256(str(inner).encode()).hexdigest()
+            key = (text, stage.mesh, stage.donated, ins, outs)
+            if key not in seen:
+                seen[key] = self._build(stage, inner, ins, outs)
+            self.compiled[stage.id] = seen[key]
+        self.unique = len(seen)
+
+    def _build(self, stage: Stage, inner: Any, ins: Sequence[NamedSharding], outs: Sequence[NamedSharding]) -> Callable[..., Any]:
+        fn = _jax.as_function(stage.jaxpr)
+        jitted = jax.jit(fn, in_shardings=tuple(ins), out_shardings=list(outs), donate_argnums=stage.donated, compiler_options=self.options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            return jitted.lower(*[v.aval for v in inner.invars]).compile()
+
+    def load(self, *args: Any) -> dict[int, Any]:
+        """Check the arguments against the trace and hand out their leaves by tensor id; they are placed when first read.
+
+        Raises ExecutionError that names the leaf which differs.
+        """
+        return _bind(self.program, args)
+
+    def run(self, loaded: Mapping[int, Any], *, placed: dict[tuple[Value, int], Any] | None = None, keep: int = -1) -> tuple[Any, Record]:
+        """Run a loaded request: (result, record).
+
+        placed: where arrays of weights and inputs that lie on meshes are kept, to reuse in the next run. keep: keep the outputs of
+        every stage on the host, those inside the token loop for its first `keep` trips (-1: keep nothing).
+        """
+        machine = _Computer(self, loaded, {} if placed is None else placed, keep)
+        walk = Walk(self.stages, machine)
+        start = time.perf_counter()
+        walk.run()
+        results = []
+        for t in self.program.graph.outputs:
+            home = min(walk.env.get((t, None), {self.stages.all[0].mesh: None}))
+            results.append(walk.fetch((t, None), home))
+        jax.block_until_ready(results)
+        record = Record(moved=tuple(machine.moved), kept=machine.kept, seconds=time.perf_counter() - start)
+        return jax.tree_util.tree_unflatten(self.program.entry.out_tree, results), record
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(self.load(*args))[0]
+
+
+class _Computer:
+    """The machine that computes: compiled stages on host devices, `device_put` between them."""
+
+    def __init__(self, runner: Runner, loaded: Mapping[int, Any], placed: dict[tuple[Value, int], Any], keep: int):
+        self.runner, self.loaded, self.placed, self.keep = runner, loaded, placed, keep
+        self.moved: list[Moved] = []
+        self.kept: dict[tuple[int, int, Value], np.ndarray] = {}
+
+    def given(self, value: Value, mesh: int) -> Any:
+        if (value, mesh) not in self.placed:
+            t, span = value
+            array = self.loaded[t] if t in self.loaded else self.runner.lowered.values[t]
+            array = array if span is None else array[span[0] : span[1]]
+            aval = self.runner.lowered.avals[t]
+            if not _jax.is_key(aval):
+                array = jnp.asarray(array, aval.dtype) if np.ndim(array) == 0 else array
+            self.placed[value, mesh] = jax.device_put(array, self.runner.sharding(value, mesh))
+        return self.placed[value, mesh]
+
+    def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
+        out: Sequence[Any] = self.runner.compiled[stage.id](*arrays)
+        if self.keep >= 0 and trip < max(self.keep, 0):
+            self.kept.update(((stage.id, trip, v), _jax.to_numpy(a).copy()) for v, a in zip(stage.outputs, out, strict=True))
+        return out
+
+    def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
+        self.moved.append(Moved(value=value, src=src, dst=dst, nbytes=array.nbytes))
+        return jax.device_put(array, self.runner.sharding(value, dst))
+
+    def rows(self, array: Any, start: int, stop: int) -> Any:
+        return array[start:stop]
+
+    def row(self, array: Any, index: int) -> Any:
+        return array[index]
+
+    def join(self, arrays: Sequence[Any]) -> Any:
+        return jnp.concatenate(arrays)
+
+    def stack(self, arrays: Sequence[Any], value: Value) -> Any:
+        aval = self.runner.lowered.avals[value[0]]
+        return jnp.stack(arrays) if arrays else jnp.zeros(aval.shape, aval.dtype)
+
+    def copy(self, array: Any) -> Any:
+        return jnp.copy(array)
+
+    def truth(self, array: Any) -> bool:
+        return bool(array)
+
+
+def _bind(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
+    entry = program.entry
+    leaves, tree = jax.tree_util.tree_flatten(args)
+    if tree != entry.in_tree:
+        raise ExecutionError("the arguments have another structure than those that were traced", where=f"{entry.name}: got {str(tree)[:120]}",
+                             mend="pass the arguments that trace() was given, with arrays in place of shapes")  # fmt: skip
+    tensors = program.graph.tensors
+    for t, aval, leaf in zip(program.graph.inputs, entry.in_avals, leaves, strict=True):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ExecutionError(f"argument {tensors[t].name} is a shape without numbers", where=entry.name,
+                                 mend="running needs arrays: make the model with weights (a seed or a checkpoint)")  # fmt: skip
+        if np.shape(leaf) != aval.shape or jnp.result_type(leaf) != aval.dtype:
+            raise ExecutionError(f"argument {tensors[t].name} is {jnp.result_type(leaf)}{list(np.shape(leaf))}, the trace has {aval.dtype}{list(aval.shape)}",
+                                 where=entry.name, mend="pass arguments of the traced shapes, or trace again")  # fmt: skip
+    return dict(zip(program.graph.inputs, leaves, strict=True))
+
+
+def prepare(stages: Stages, *, strict: bool = True, progress: Callable[[str], None] | None = None) -> Runner:
+    """Compile every stage ahead of time. strict: under the options that keep a cut bit-exact. Raises ExecutionError."""
+    return Runner(stages, strict=strict, progress=progress)
+
+
+def run(stages: Stages, *args: Any) -> Any:
+    """Compile and run the stages on CPU host devices; gives what the uncut function gives. Raises ExecutionError."""
+    return prepare(stages)(*args)
+
+
+def uncut(program: Program, *, strict: bool = True) -> Callable[..., Any]:
+    """The uncut program, compiled for one host device under the same options as the stages: the reference."""
+    options = dict(strict_options()) if strict else {}
+    fn = jax.jit(_jax.as_function(program.entry.jaxpr), compiler_options=options)
+
+    def call(*args: Any) -> Any:
+        bound = _bind(program, args)
+        return jax.tree_util.tree_unflatten(program.entry.out_tree, fn(*[bound[t] for t in program.graph.inputs]))
+
+    return call
+

@@ -1,0 +1,168 @@
+"""The machines as values: devices, links, meshes, clusters, every number with its kind and its source.
+
+`Cluster.nx` is the NetworkX view: meshes as nodes, links (EFA and others) as edges annotated with latency, bandwidth, ingest
+limit and price. Nothing here reads files; `profiles.py` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+
+class Kind(enum.StrEnum):
+    """How a number is known."""
+
+    PUBLISHED = "published"
+    DERIVED = "derived"
+    MEASURED = "measured"
+    ASSUMED = "assumed"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Quantity:
+    """One number in SI units with its kind and where it comes from; `float(q)` is the number."""
+
+    value: float
+    kind: Kind
+    source: str
+
+    def __float__(self) -> float:
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """The memory that holds weights, KV cache and activations: capacity [B], bandwidth [B/s], usable share of the capacity."""
+
+    capacity: Quantity
+    bandwidth: Quantity
+    usable: Quantity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One chip, wafer or GPU.
+
+    peak: dense FLOP/s by dtype. compute_efficiency, memory_efficiency: the share of peak and of bandwidth that large ops reach.
+    contraction_latency [s]: the fixed time of one contraction (launch, fabric hops), which no roofline shows. price [$/s], power [W].
+    """
+
+    name: str
+    title: str
+    peak: Mapping[str, Quantity]
+    memory: Memory
+    compute_efficiency: Quantity
+    memory_efficiency: Quantity
+    contraction_latency: Quantity
+    price: Quantity
+    power: Quantity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """A way for bytes: time = alpha [s] + bytes / beta [B/s]. Inside a mesh, alpha is that of one small collective, beta its bus rate.
+
+    price [$/B] is what the provider charges for a byte.
+    """
+
+    name: str
+    title: str
+    alpha: Quantity
+    beta: Quantity
+    price: Quantity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Mesh:
+    """`count` equal devices that run one stage together, joined by `fabric`.
+
+    `stand_in` is how many CPU host devices stand for them when stages run; what that degree cannot show, the verdict says.
+    """
+
+    name: str
+    device: Device
+    count: int
+    stand_in: int
+    fabric: Link | None = None
+
+    @property
+    def capacity(self) -> float:
+        """Bytes that weights, KV cache and activations may fill on all devices of the mesh together."""
+        return self.count * float(self.device.memory.capacity) * float(self.device.memory.usable)
+
+    @property
+    def price(self) -> float:
+        """$/s of all its devices."""
+        return self.count * float(self.device.price)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Edge:
+    """A link between two meshes, in both directions. `ingest` [B/s] is the most that the receiving side `dst` takes in, if it binds."""
+
+    src: str
+    dst: str
+    link: Link
+    ingest: Quantity | None = None
+
+    @property
+    def beta(self) -> float:
+        """Bytes per second that really pass: the narrower of link and ingest."""
+        return min(float(self.link.beta), float(self.ingest) if self.ingest else float("inf"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Meshes and the links between them."""
+
+    name: str
+    title: str
+    meshes: tuple[Mesh, ...]
+    edges: tuple[Edge, ...]
+
+    def mesh(self, name: str) -> Mesh:
+        """The mesh of that name; raises KeyError."""
+        return next(m for m in self.meshes if m.name == name)
+
+    @functools.cached_property
+    def nx(self) -> nx.DiGraph:
+        """Meshes as nodes (device, count, capacity, price), links as edges (alpha, beta, ingest, price, link)."""
+        import networkx as nx
+
+        graph = nx.DiGraph(name=self.name)
+        for m in self.meshes:
+            graph.add_node(m.name, device=m.device.name, count=m.count, capacity=m.capacity, price=m.price, mesh=m)
+        for e in self.edges:
+            graph.add_edge(
+                e.src, e.dst, link=e.link.name, alpha=float(e.link.alpha), beta=e.beta, bandwidth=float(e.link.beta),
+                ingest=float(e.ingest) if e.ingest else None, price=float(e.link.price),
+            )  # fmt: skip
+        return graph
+
+    def replace(self, *, price: Mapping[str, float] | None = None, beta: Mapping[str, float] | None = None) -> Cluster:
+        """The same cluster with other numbers: `price` [$/s of one device] by device name, `beta` [B/s] by link name.
+
+        A new beta also lifts or lowers the ingest limit of the edges on that link, so that it is what really passes.
+        """
+        note = "set by the caller"
+
+        def assumed(value: float) -> Quantity:
+            return Quantity(value=value, kind=Kind.ASSUMED, source=note)
+
+        price, beta = price or {}, beta or {}
+        meshes = tuple(
+            dataclasses.replace(m, device=dataclasses.replace(m.device, price=assumed(price[m.device.name])))
+            if m.device.name in price else m for m in self.meshes
+        )  # fmt: skip
+        edges = tuple(
+            dataclasses.replace(e, link=dataclasses.replace(e.link, beta=assumed(beta[e.link.name])), ingest=None)
+            if e.link.name in beta else e for e in self.edges
+        )  # fmt: skip
+        return dataclasses.replace(self, meshes=meshes, edges=edges)

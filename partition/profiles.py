@@ -1,0 +1,238 @@
+"""Profiles on disk -> hardware values. A number without unit, kind or source is refused with file, line, field and mend.
+
+A profile is a TOML file with one table: [device], [link] or [cluster]. `cluster(name)` and `device(name)` find the profiles that
+come with the package by name, and a user's own by path (anything that ends in ".toml"); a cluster finds what it names beside
+itself first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from partition import units
+from partition.errors import NameUnknownError, ProfileError
+from partition.hardware import Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity
+
+_MEND = "write {{ value = \"{example}\", kind = \"published\", source = \"where it stands\" }}"  # fmt: skip
+_EXAMPLES = {"time": "15 us", "bytes": "96 GiB", "bandwidth": "400 Gbit/s", "compute": "667 TFLOP/s", "price": "2.24 $/h",
+             "price per byte": "0 $/GB", "power": "500 W", "fraction": "0.85"}  # fmt: skip
+
+
+def _quantity(dimension: str) -> Any:
+    """A field type: a table of value (with unit), kind and source, read as a Quantity of this dimension."""
+
+    def read(raw: Any) -> Quantity:
+        mend = _MEND.format(example=_EXAMPLES[dimension])
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a number with kind and source, got {raw!r}; {mend}")
+        if missing := [key for key in ("value", "kind", "source") if not raw.get(key)]:
+            raise ValueError(f"the number has no {' and no '.join(missing)}; {mend}")
+        if extra := set(raw) - {"value", "kind", "source", "note"}:
+            raise ValueError(f"unknown key {sorted(extra)[0]!r} beside value, kind and source")
+        if raw["kind"] not in list(Kind):
+            raise ValueError(f"kind {raw['kind']!r} is none of {', '.join(Kind)}")
+        value = units.parse(raw["value"], dimension)
+        if dimension == "fraction" and not 0 < value <= 1:
+            raise ValueError(f"a share lies above 0 and at most at 1, got {raw['value']!r}")
+        if value == 0 and dimension not in ("price per byte", "price", "time"):
+            raise ValueError(f"a {dimension} of zero makes nothing run, got {raw['value']!r}")
+        return Quantity(value=value, kind=Kind(raw["kind"]), source=raw["source"])
+
+    return Annotated[Quantity, BeforeValidator(read), Field(json_schema_extra={"x-dimension": dimension})]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+class _Memory(_Strict):
+    capacity: _quantity("bytes")  # type: ignore[valid-type]
+    bandwidth: _quantity("bandwidth")  # type: ignore[valid-type]
+    usable: _quantity("fraction")  # type: ignore[valid-type]
+
+
+class _Device(_Strict):
+    name: str
+    title: str
+    peak: dict[str, _quantity("compute")] = Field(min_length=1)  # type: ignore[valid-type, misc]
+    memory: _Memory
+    compute_efficiency: _quantity("fraction")  # type: ignore[valid-type]
+    memory_efficiency: _quantity("fraction")  # type: ignore[valid-type]
+    contraction_latency: _quantity("time")  # type: ignore[valid-type]
+    price: _quantity("price")  # type: ignore[valid-type]
+    power: _quantity("power")  # type: ignore[valid-type]
+
+
+class _Link(_Strict):
+    name: str
+    title: str
+    alpha: _quantity("time")  # type: ignore[valid-type]
+    beta: _quantity("bandwidth")  # type: ignore[valid-type]
+    price: _quantity("price per byte")  # type: ignore[valid-type]
+
+
+class _Mesh(_Strict):
+    name: str
+    device: str
+    count: int = Field(ge=1)
+    stand_in: int = Field(ge=1)
+    fabric: str | None = None
+    copies: int = Field(default=1, ge=1)
+
+
+class _Edge(_Strict):
+    between: Annotated[list[str], Field(min_length=2, max_length=2)]
+    link: str
+    ingest: _quantity("bandwidth") | None = None  # type: ignore[valid-type]
+    chain: bool = False
+
+
+class _Cluster(_Strict):
+    name: str
+    title: str
+    meshes: list[_Mesh] = Field(min_length=1)
+    links: list[_Edge] = []
+
+
+_TABLES: dict[str, type[_Strict]] = {"device": _Device, "link": _Link, "cluster": _Cluster}
+Table = Literal["device", "link", "cluster"]
+
+
+def _line(text: str, location: tuple[Any, ...]) -> int:
+    """The line of the deepest part of `location` that the TOML text holds, from 1."""
+    import tree_sitter
+    import tree_sitter_toml
+
+    tree = tree_sitter.Parser(tree_sitter.Language(tree_sitter_toml.language())).parse(text.encode())
+    found: dict[tuple[Any, ...], int] = {}
+    arrays: dict[tuple[Any, ...], int] = {}
+
+    def keys(node: Any) -> tuple[str, ...]:
+        return tuple(part.strip("\"' ") for part in node.text.decode().split("."))
+
+    def pairs(node: Any, prefix: tuple[Any, ...]) -> None:
+        for child in node.children:
+            if child.type == "pair":
+                path = prefix + keys(child.children[0])
+                found.setdefault(path, child.start_point[0] + 1)
+                if child.children[-1].type == "inline_table":
+                    pairs(child.children[-1], path)
+
+    for node in tree.root_node.children:
+        if node.type in ("table", "table_array_element"):
+            prefix: tuple[Any, ...] = keys(next(c for c in node.children if c.type.endswith("key")))
+            if node.type == "table_array_element":
+                arrays[prefix] = arrays.get(prefix, -1) + 1
+                prefix = (*prefix, arrays[prefix])
+            found.setdefault(prefix, node.start_point[0] + 1)
+            pairs(node, prefix)
+    pairs(tree.root_node, ())
+    return next((found[location[:n]] for n in range(len(location), 0, -1) if location[:n] in found), 1)
+
+
+def _read(path: Path, table: Table) -> Any:
+    """Read and validate one profile; every fault of the file is in the one ProfileError."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ProfileError(f"the profile cannot be read: {error.strerror}", where=str(path), mend="check the path") from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ProfileError(f"the profile is not TOML: {error}", where=str(path), mend="mend the syntax at that line") from None
+    if list(raw) != [table]:
+        raise ProfileError(f"expected one table [{table}], found {', '.join(f'[{k}]' for k in raw) or 'none'}",
+                           where=f"{path}:1", mend=f"a {table} profile holds [{table}] and nothing beside it")  # fmt: skip
+    try:
+        return _TABLES[table].model_validate(raw[table])
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            location = (table, *(part for part in fault["loc"] if part != "function-before[read(), is-instance[Quantity]]"))
+            reason = fault["msg"].removeprefix("Value error, ")
+            lines.append((_line(text, location), ".".join(map(str, location)), reason))
+        lines.sort()
+        faults = "\n         ".join(f"{path.name}:{line}: {field}: {reason}" for line, field, reason in lines)
+        raise ProfileError(f"the profile {path.name} has {len(lines)} fault{'s'[:len(lines) != 1]}", where=faults,
+                           mend=f"correct {path} at the lines named; docs: device_profiles/README.md")  # fmt: skip
+
+
+def _package() -> Path:
+    return Path(str(importlib.resources.files("device_profiles")))
+
+
+@functools.cache
+def _index(folder: Path) -> dict[str, dict[str, Path]]:
+    """Table -> name -> file, for every profile of a folder."""
+    index: dict[str, dict[str, Path]] = {table: {} for table in _TABLES}
+    for path in sorted(folder.glob("*.toml")):
+        for line in path.read_text().splitlines():
+            table = line.strip().strip("[]")
+            if line.startswith("[") and table in index:
+                index[table][path.stem] = path
+                break
+    return index
+
+
+def names(table: Table) -> list[str]:
+    """The names of the profiles that come with the package."""
+    return sorted(_index(_package())[table])
+
+
+def _find(name: str, table: Table, beside: Path | None = None) -> Path:
+    if name.endswith(".toml"):
+        return (beside / name) if beside is not None else Path(name)
+    for folder in (beside, _package()):
+        if folder is not None and name in _index(folder)[table]:
+            return _index(folder)[table][name]
+    raise NameUnknownError.among(table, name, names(table), mend="or name a .toml file of your own")
+
+
+def device(name: str, beside: Path | None = None) -> Device:
+    """Read a device profile by name or path. Raises ProfileError, NameUnknownError."""
+    raw = _read(_find(name, "device", beside), "device")
+    fields = {key: getattr(raw, key) for key in type(raw).model_fields}
+    return Device(**fields | {"memory": Memory(**dict(raw.memory))})
+
+
+def link(name: str, beside: Path | None = None) -> Link:
+    """Read a link profile by name or path. Raises ProfileError, NameUnknownError."""
+    return Link(**dict(_read(_find(name, "link", beside), "link")))
+
+
+def cluster(name: str) -> Cluster:
+    """Read a cluster profile, its devices and its links, by name or path.
+
+    `copies = 4` of a mesh "cs3" makes meshes cs3.0 .. cs3.3; a link that names "cs3" then stands for one to each of them, and
+    `chain = true` for links between neighbours. Raises ProfileError, NameUnknownError.
+    """
+    path = _find(name, "cluster")
+    raw, beside = _read(path, "cluster"), path.parent
+    members: dict[str, list[str]] = {}
+    meshes: list[Mesh] = []
+    for m in raw.meshes:
+        members[m.name] = [m.name] if m.copies == 1 else [f"{m.name}.{i}" for i in range(m.copies)]
+        fabric = link(m.fabric, beside) if m.fabric else None
+        if m.count > 1 and fabric is None:
+            raise ProfileError(f"mesh {m.name!r} joins {m.count} devices by no fabric", where=f"{path}: cluster.meshes",
+                               mend="name the link inside the mesh: fabric = \"...\"")  # fmt: skip
+        made = device(m.device, beside)
+        meshes += [Mesh(name=n, device=made, count=m.count, stand_in=m.stand_in, fabric=fabric) for n in members[m.name]]
+    edges: dict[tuple[str, str], Edge] = {}
+    for e in raw.links:
+        if unknown := [m for m in e.between if m not in members]:
+            raise ProfileError(f"a link joins {unknown[0]!r}, which is no mesh of this cluster", where=f"{path}: cluster.links",
+                               mend=f"use the names under [[cluster.meshes]]: {', '.join(members)}")  # fmt: skip
+        made_link = link(e.link, beside)
+        a, b = (members[m] for m in e.between)
+        pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if x != y and (not e.chain or abs(i - j) == 1)]
+        for x, y in pairs:
+            edges[x, y] = Edge(src=x, dst=y, link=made_link, ingest=e.ingest)
+            edges[y, x] = Edge(src=y, dst=x, link=made_link, ingest=e.ingest)
+    return Cluster(name=raw.name, title=raw.title, meshes=tuple(meshes), edges=tuple(edges[k] for k in sorted(edges)))

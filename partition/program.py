@@ -1,0 +1,136 @@
+"""trace(): any JAX callable, with arrays or shapes, into a Program: its jaxpr, its graph, and the names and roles of its leaves.
+
+The jaxpr is what JAX itself would compile; the graph is the planner's view of it. No weights are needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import traceback
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+
+from partition import _jax
+from partition.errors import TraceError
+from partition.graph import Graph, Op, Role
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One callable of the program: its jaxpr, its graph with the way back to equations, its argument and result trees."""
+
+    name: str
+    jaxpr: Any = dataclasses.field(repr=False)
+    lowered: _jax.Lowered = dataclasses.field(repr=False)
+    in_tree: Any = dataclasses.field(repr=False)
+    out_tree: Any = dataclasses.field(repr=False)
+    in_avals: tuple[Any, ...] = dataclasses.field(repr=False)
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the whole callable."""
+        return self.lowered.graph
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What was traced. `fn` is kept to run the uncut program; `seconds` is how long JAX took to trace it."""
+
+    fn: Callable[..., Any] = dataclasses.field(repr=False)
+    entries: tuple[Entry, ...]
+    seconds: float
+
+    @property
+    def entry(self) -> Entry:
+        """The only entry of a program of one callable."""
+        (entry,) = self.entries
+        return entry
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the only entry."""
+        return self.entry.graph
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of all weights, each counted once."""
+        return float(sum(self.graph.tensors[t].nbytes for t in self.graph.inputs if self.graph.tensors[t].role is Role.PARAM))
+
+    def source(self, op: Op | int) -> str:
+        """Where the model's author wrote an op: "file:line (function)"."""
+        return _jax.source(self.entry.lowered.eqns[op if isinstance(op, int) else op.id])
+
+    @functools.cached_property
+    def op(self) -> dict[int, Op]:
+        """Op id -> op, bodies included."""
+        return {op.id: op for op in self.graph.walk()}
+
+    def __str__(self) -> str:
+        g = self.graph
+        return (
+            f"{self.entry.name}: {len(g)} ops ({sum(1 for _ in g.walk())} with bodies), {len(g.inputs)} inputs, "
+            f"{len(g.outputs)} outputs, {self.weight_bytes / 1e9:.3g} GB of weights, traced in {self.seconds:.2f} s"
+        )
+
+
+def _leaf_name(path: Any, argument: int) -> str:
+    text = jax.tree_util.keystr(path[1:], simple=True, separator=".") or f"arg{argument}"
+    return text.removesuffix(".value")
+
+
+def host_devices(count: int) -> None:
+    """Ask JAX for `count` CPU host devices, the stand-ins of the meshes. Does nothing once a JAX backend has started."""
+    if jax.config.jax_num_cpu_devices < count:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            pass  # too late: what is there is what `run` finds, and it says so
+
+
+DEFAULT_HOST_DEVICES = 32
+
+
+def trace(fn: Callable[..., Any], *args: Any, weights: Collection[int] = (0,), name: str | None = None) -> Program:
+    """Trace `fn(*args)` into a Program.
+
+    args are pytrees of arrays or `jax.ShapeDtypeStruct`s. `weights` are the positions of the arguments that hold weights; the
+    others are inputs. Before the first JAX backend starts, CPU host devices are asked for, so that stages can run in this process.
+    Raises TraceError, naming the user's line, when `fn` cannot be traced.
+    """
+    host_devices(DEFAULT_HOST_DEVICES)
+    name = name or getattr(fn, "__name__", "program")
+    leaves, in_tree = jax.tree_util.tree_flatten_with_path(args)
+    start = time.perf_counter()
+    try:
+        jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    except Exception as error:
+        raise TraceError(
+            f"{name} cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            where=_user_line(error),
+            mend="the function must be traceable by jax.make_jaxpr with these arguments: no Python branches on values, matching shapes",
+        ) from error
+    seconds = time.perf_counter() - start
+    roles = [
+        (Role.PARAM if path[0].idx in weights else Role.INPUT, _leaf_name(path, path[0].idx)) for path, _ in leaves
+    ]  # fmt: skip
+    if ordered := [e for e in _jax.body_of(jaxpr).effects if "Ordered" in type(e).__name__ or "Debug" in type(e).__name__]:
+        raise TraceError(f"{name} has side effects that no stage can carry: {', '.join(map(str, ordered))}",
+                         where=name, mend="remove debug prints, callbacks and ordered effects before planning")  # fmt: skip
+    lowered = _jax.read(jaxpr, roles)
+    entry = Entry(
+        name=name, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),
+        in_avals=tuple(_jax.body_of(jaxpr).invars[i].aval for i in range(len(leaves))),
+    )  # fmt: skip
+    return Program(fn=fn, entries=(entry,), seconds=seconds)
+
+
+def _user_line(error: BaseException) -> str:
+    """The last line of the traceback that is neither JAX's nor this package's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if not any(part in f.filename for part in ("/jax/", "/flax/", "/partition/program.py", "contextlib"))]
+    last = (outside or frames)[-1]
+    return f"{last.filename}:{last.lineno} ({last.name}): {last.line}"

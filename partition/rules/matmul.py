@@ -1,0 +1,35 @@
+"""Contractions: a multiply and an add count two operations; operands are read and results written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from partition.graph import Op, Tensor
+from partition.work import Work, rule
+
+
+def _work(flops: float, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    return Work(flops={ins[0].dtype: flops}, read=sum(t.nbytes for t in ins), written=outs[0].nbytes, contractions=1)
+
+
+@rule("dot_general")
+def dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """2 x result size x contracted size."""
+    ((contract, _), _) = op.params["dimension_numbers"]
+    return _work(2 * outs[0].size * math.prod(ins[0].shape[d] for d in contract), ins, outs)
+
+
+@rule("ragged_dot_general")
+def ragged_dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """Every row meets the weights of its own group alone."""
+    ((contract, _), _) = op.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return _work(2 * outs[0].size * math.prod(ins[0].shape[d] for d in contract), ins, outs)
+
+
+@rule("conv_general_dilated")
+def conv(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """2 x result size x kernel size of one output feature."""
+    spec = op.params["dimension_numbers"].rhs_spec
+    kernel = math.prod(ins[1].shape[d] for d in spec[1:])
+    return _work(2 * outs[0].size * kernel, ins, outs)

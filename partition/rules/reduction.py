@@ -1,0 +1,36 @@
+"""Reductions (fused: one operation an element read), sorts and cumulative ops (which go through memory)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from partition.graph import Op, Tensor
+from partition.work import Work, rule
+
+
+@rule(
+    "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor", "reduce",
+    "psum", "pmax", "pmin", "psum_invariant",
+    fused=True,
+)  # fmt: skip
+def reduction(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """One operation an element of the operands."""
+    return Work(flops={ins[0].dtype: ins[0].size}) if "float" in ins[0].dtype else Work()
+
+
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "reduce_window", "reduce_window_sum", "reduce_window_max", "select_and_scatter_add")
+def cumulative(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """One operation an element, through memory once each way."""
+    flops = {ins[0].dtype: ins[0].size} if "float" in ins[0].dtype else {}
+    return Work(flops=flops, read=sum(t.nbytes for t in ins), written=sum(t.nbytes for t in outs))
+
+
+@rule("sort", "top_k", "approx_top_k")
+def sort(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """n log2 n comparisons along the sorted dimension; every operand through memory once each way."""
+    axis = op.params.get("dimension", -1)
+    length = ins[0].shape[axis] if ins[0].shape else 1
+    depth = math.ceil(math.log2(length)) if isinstance(length, int) and length > 1 else 1
+    flops = {ins[0].dtype: ins[0].size * depth} if "float" in ins[0].dtype else {}
+    return Work(flops=flops, read=sum(t.nbytes for t in ins), written=sum(t.nbytes for t in outs))

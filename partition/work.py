@@ -1,0 +1,159 @@
+"""What an op costs before any machine is known: floating-point operations by dtype and bytes of memory traffic.
+
+Rules live in `rules/`, one family of primitives a file, registered with `@rule`. A primitive without a rule is an error with its
+mend, never zero. Traffic is what a fusing compiler would move:
+
+- contractions, gathers, scatters, sorts, cumulative ops and random bits read their operands from memory and write their results;
+- an in-place update (dynamic_update_slice, scatter) moves what it writes, not the buffer it writes into;
+- elementwise ops, broadcasts, reductions and reshapes ride along with their neighbours and move nothing of their own;
+- attention is tiled: a contraction of two activations whose result is larger than both keeps it on chip, and what elementwise ops
+  make of it is not read back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from partition.errors import WorkError
+from partition.graph import Graph, Op, Role, Tensor, bodies, trips_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """flops by dtype; bytes read and written; contractions: how many ops with a fixed time of their own. Adds up."""
+
+    flops: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read: Any = 0
+    written: Any = 0
+    contractions: Any = 0
+
+    def __add__(self, other: Work) -> Work:
+        flops = dict(self.flops)
+        for dtype, n in other.flops.items():
+            flops[dtype] = flops.get(dtype, 0) + n
+        return Work(flops=flops, read=self.read + other.read, written=self.written + other.written,
+                    contractions=self.contractions + other.contractions)  # fmt: skip
+
+    def __mul__(self, times: Any) -> Work:
+        return Work(flops={d: n * times for d, n in self.flops.items()}, read=self.read * times, written=self.written * times,
+                    contractions=self.contractions * times)  # fmt: skip
+
+    @property
+    def total_flops(self) -> Any:
+        """Operations of all dtypes together."""
+        return sum(self.flops.values())
+
+    @property
+    def bytes(self) -> Any:
+        """Bytes read and written."""
+        return self.read + self.written
+
+
+Rule = Callable[[Op, Sequence[Tensor], Sequence[Tensor]], Work]
+"""(op, operands, results) -> Work of one run of the op."""
+
+RULES: dict[str, Rule] = {}
+FUSED: set[str] = set()
+"""Primitives that ride along with their neighbours, through which a tensor that is on chip stays on chip."""
+
+
+def rule(*primitives: str, fused: bool = False) -> Callable[[Rule], Rule]:
+    """Register a work rule for primitives by name; `fused` if the op moves no bytes of its own."""
+
+    def register(fn: Rule) -> Rule:
+        RULES.update(dict.fromkeys(primitives, fn))
+        if fused:
+            FUSED.update(primitives)
+        return fn
+
+    return register
+
+
+def work(graph: Graph, *, weights: frozenset[int] = frozenset(), trips: int | None = None) -> dict[int, Work]:
+    """Work of every op of this level and of every body, by op id, for ONE run of its own level; a loop op counts its trips.
+
+    weights: tensor ids that are weights (their contractions are never tiled away). trips: for loops whose structure does not tell.
+    Raises WorkError for a primitive without rule and for a loop of unknown trips.
+    """
+    import partition.rules  # noqa: F401  (the rules register themselves)
+
+    found: dict[int, Work] = {}
+    _level(graph, weights, trips, _literals(graph), found)
+    return found
+
+
+def _literals(graph: Graph) -> dict[int, float]:
+    numbers = {}
+    for t in graph.tensors:
+        if t.role is Role.LITERAL:
+            try:
+                numbers[t.id] = float(t.name)
+            except ValueError:
+                continue  # a literal that is no number bounds no loop
+    return numbers
+
+
+def loop_trips(op: Op, graph: Graph, stated: int | None = None) -> int:
+    """How often a loop op runs; raises WorkError where neither its structure nor the caller says."""
+    known = trips_of(op, _literals(graph)) if op.loop is not None and op.loop.cond is not None else trips_of(op, {})
+    known = stated if known is None else known
+    if known is None:
+        raise WorkError(f"the {op.primitive} loop runs a number of times that the graph does not tell", where=f"op {op.id} in {op.scope or 'the top scope'}",
+                        mend="say how often: trips=<n>")  # fmt: skip
+    return known
+
+
+def _level(graph: Graph, weights: frozenset[int], trips: int | None, literals: Mapping[int, float], found: dict[int, Work]) -> Work:
+    tensors, on_chip, total = graph.tensors, set[int](), Work()
+    memo: dict[Any, Work] = {}
+    for op in graph.ops:
+        if op.loop is not None:
+            inside = [_level(b, weights, trips, literals, found) for b in bodies(op)]
+            cost = sum(inside, Work()) * loop_trips(op, graph, trips)
+        elif op.bodies:
+            branches = [_level(b, weights, trips, literals, found) for b in op.bodies]
+            cost = max(branches, key=lambda w: (w.bytes, w.total_flops))  # a cond runs one branch: the dearest
+        else:
+            ins, outs = [tensors[t] for t in op.inputs], [tensors[t] for t in op.outputs]
+            key = (op.primitive, id(op.params.get("dimension_numbers")) and str(op.params.get("dimension_numbers")),
+                   tuple((t.shape, t.dtype) for t in ins), tuple((t.shape, t.dtype) for t in outs)) if op.primitive == "dot_general" else None  # fmt: skip
+            if key is None or key not in memo:
+                cost = _rule_for(op)(op, ins, outs)
+                if key is not None:
+                    memo[key] = cost
+            else:
+                cost = memo[key]
+            cost = _tiled(op, cost, tensors, weights, on_chip)
+        found[op.id] = cost
+        total = total + cost
+    return total
+
+
+def _rule_for(op: Op) -> Rule:
+    if op.primitive not in RULES:
+        raise WorkError(
+            f"no work rule knows the primitive {op.primitive!r}", where=f"op {op.id} in {op.scope or 'the top scope'}",
+            mend=f"add one:\n         @partition.rule({op.primitive!r})\n         def _(op, ins, outs):\n"
+                 "             return partition.Work(flops={outs[0].dtype: outs[0].size}, read=sum(t.nbytes for t in ins), written=outs[0].nbytes)",
+        )  # fmt: skip
+    return RULES[op.primitive]
+
+
+def _tiled(op: Op, cost: Work, tensors: Sequence[Tensor], weights: frozenset[int], on_chip: set[int]) -> Work:
+    """Take back the traffic of tensors that a tiled attention keeps on chip; marks them in `on_chip`."""
+    if op.primitive in FUSED:
+        if not on_chip.isdisjoint(op.inputs):
+            on_chip.update(op.outputs)
+        return cost
+    held = sum(tensors[t].nbytes for t in op.inputs if t in on_chip)
+    kept = 0.0
+    if op.primitive == "dot_general" and weights.isdisjoint(op.inputs):
+        out = tensors[op.outputs[0]]
+        if out.nbytes > max(tensors[t].nbytes for t in op.inputs):
+            kept = out.nbytes
+            on_chip.add(out.id)
+    if not held and not kept:
+        return cost
+    return dataclasses.replace(cost, read=cost.read - held, written=cost.written - kept)
