@@ -94,7 +94,7 @@ class Walk:
     def part(self, source: Value, wanted: Value, mesh: int) -> Any:
         """What `source` holds of the wanted value, on a mesh."""
         held = self.env[source]
-        src = mesh if mesh in held else min(held)
+        src = mesh if mesh in held else next(iter(held))  # whoever made it comes first
         array, span = held[src], wanted[1]
         if source != wanted and span is not None:
             first = source[1][0] if source[1] is not None else 0
@@ -131,11 +131,13 @@ class Walk:
         needed = {(v, s.mesh) for s in inner for v in s.inputs if v[0] in carry}
         for _ in plan.carry:  # a carry that only takes another's place is needed where that one is
             needed |= {((carry[v[0]][1], v[1]), m) for v, m in needed if carry[v[0]][1] in carry}
-        needed |= {((new, None), inner[0].mesh) for _, new, _ in plan.results if new in carry}
+        kept = {t for t, _, new in plan.carry if new in {r[1] for r in plan.results}} - {v[0] for v, _ in needed}
+        needed |= {((t, None), inner[0].mesh) for t in kept}
         xs = {(v, s.mesh) for s in inner for v in s.inputs if v[0] in dict(plan.xs)}
         xs |= {((new, None), inner[0].mesh) for _, _, new in plan.carry if new in dict(plan.xs)}
         for (t, span), m in sorted(needed, key=str):
             self.put((t, span), m, self.machine.copy(self.fetch((carry[t][0], span), m)))
+        maker = {v[0]: s.mesh for s in plan.body for v in s.outputs}
         stacks: dict[int, list[Any]] = {outside: [] for outside, _, stacked in plan.results if stacked}
         inside = {v[0] for s in plan.body for v in s.outputs} | set(carry)
         trip = 0
@@ -149,11 +151,11 @@ class Walk:
                 self.compute(stage, trip)
             for outside, tensor, stacked in plan.results:
                 if stacked:
-                    stacks[outside].append(self.fetch((tensor, None), self.home(tensor, inner[0].mesh)))
+                    stacks[outside].append(self.fetch((tensor, None), maker.get(tensor, inner[0].mesh)))
             trip += 1
             if plan.cond is not None:
-                self.rebind(needed, carry, inside, keep=True)
-        self.finish(plan, stacks, trip, inner[0].mesh)
+                self.rebind(needed, carry, inside)
+        self.finish(plan, stacks, inner[0].mesh, rebound=plan.cond is not None or not trip)
         self.forget(inside)
 
     def goes_on(self, plan: LoopPlan, trip: int) -> bool:
@@ -166,26 +168,30 @@ class Walk:
         answer = plan.op.loop.cond.outputs[0]
         return self.machine.truth(self.fetch((answer, None), plan.cond.mesh))
 
-    def rebind(self, needed: set[tuple[Value, int]], carry: dict[int, tuple[int, int]], inside: set[int], keep: bool = False) -> None:
+    def rebind(self, needed: set[tuple[Value, int]], carry: dict[int, tuple[int, int]], inside: set[int]) -> None:
         """What the last trip made becomes what the next one reads."""
         new = {(v, m): self.fetch((carry[v[0]][1], v[1]), m) for v, m in sorted(needed, key=str)}
-        self.forget(set(carry) if keep else inside)
+        self.forget(inside)
         for (v, m), array in new.items():
             self.put(v, m, array)
 
-    def home(self, tensor: int, fallback: int) -> int:
-        """A mesh that holds a tensor."""
-        return next((min(self.env[v]) for v in self.made.get(tensor, ()) if self.env[v]), fallback)
+    def home(self, tensor: int, wanted: int) -> int:
+        """The mesh `wanted` where it holds a tensor, else whoever made it."""
+        holders = [m for v in self.made.get(tensor, ()) for m in self.env[v]]
+        return wanted if wanted in holders or not holders else holders[0]
 
-    def finish(self, plan: LoopPlan, stacks: dict[int, list[Any]], trips: int, fallback: int) -> None:
-        """Name the loop's results as the outside knows them."""
-        starts = {new: init for _, init, new in plan.carry}
+    def finish(self, plan: LoopPlan, stacks: dict[int, list[Any]], fallback: int, rebound: bool) -> None:
+        """Name the loop's results as the outside knows them; `rebound`: the last carry already goes by the body's name for it."""
+        enters = {new: t for t, _, new in plan.carry}
+        maker = {v[0]: s.mesh for s in plan.body for v in s.outputs}
         for outside, tensor, stacked in plan.results:
-            mesh = self.home(tensor, fallback)
             if stacked:
                 array = self.machine.stack(stacks[outside], (outside, None))
+                mesh = maker.get(tensor, fallback)
             else:
-                array = self.fetch((tensor if trips else starts[tensor], None), mesh)
+                last = enters[tensor] if rebound else tensor
+                mesh = self.home(last, maker.get(tensor, fallback))
+                array = self.fetch((last, None), mesh)
             self.put((outside, None), mesh, array)
 
 

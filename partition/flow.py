@@ -103,7 +103,10 @@ def flows(blocks: Sequence[Block], phases: Phases, trips: int) -> tuple[list[Flo
                 weights.setdefault((t, span), set()).add(n)
             elif role is Role.ACTIVATION:
                 if t in results:
-                    flow((results[t], None), n, "result", 1)
+                    for _, src in sources.of((results[t], None))[:1]:
+                        if src != n:
+                            sizes[value] = tensors[t].nbytes
+                            found.setdefault((value, src, "result", 1), set()).add(n)
                 else:
                     entering = inside and t != value[0]
                     flow((t, span), n, "handoff" if entering else "forward", trips if inside and not entering else 1)

@@ -269,13 +269,15 @@ def evaluate(problem: Problem, placement: Placement, *, record: list[Slot] | Non
 
 
 def crossings(problem: Problem, placement: Placement) -> list[tuple[int, int, int]]:
-    """Every transfer of a placement as (flow, from mesh, to mesh); a value goes once to each mesh that reads it."""
-    found = []
+    """Every transfer of a placement as (flow, from mesh, to mesh). A value goes once to each mesh that reads it, whatever for."""
+    found: dict[tuple[Value, int, int], tuple[int, int, int]] = {}
     for i, f in enumerate(problem.flows):
         home = placement.of(f.src)
         for m in sorted({m for d in f.dst for m in placement.of(d)} - set(home)):
-            found.append((i, home[0], m))
-    return found
+            key = (f.value, f.src, m)
+            if key not in found or problem.flows[found[key][0]].times < f.times:
+                found[key] = (i, home[0], m)
+    return list(found.values())
 
 
 def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float, e2e: float, exposed: float) -> Estimate:
