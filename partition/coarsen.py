@@ -42,10 +42,11 @@ class Block:
         return name if span is None else f"{name}[{span[0]}:{span[1]}]"
 
 
-def coarsen(phases: Phases, *, level: Literal["block", "op"] = "block") -> tuple[Block, ...]:
+def coarsen(phases: Phases, *, level: Literal["block", "op"] = "block", most: float = float("inf")) -> tuple[Block, ...]:
     """Blocks in a topological order: what precedes the token loop, its condition, its body, what follows.
 
-    level "op" makes every op a block of its own.
+    level "op" makes every op a block of its own. A block that reads more than `most` bytes of weights is cut further, so that the
+    memory of a small machine can be filled.
     """
     graph, loop = phases.program.graph, phases.token_loop
     tensors = graph.tensors
@@ -67,7 +68,7 @@ def coarsen(phases: Phases, *, level: Literal["block", "op"] = "block") -> tuple
         blocks = []
         for phase in (Phase.BOTH, Phase.PREFILL, Phase.DECODE, Phase.NONE):
             mine = [op for op in ordered if phases.of[op.id] is phase]
-            runs = components(mine) if phase is Phase.BOTH else split_runs(mine, tensors, weights)
+            runs = components(mine) if phase is Phase.BOTH else split_runs(mine, tensors, weights, most)
             blocks += [Block(items=items, phase=phase, region=region) for items in runs]
         return blocks
 
@@ -135,14 +136,15 @@ def components(ops: Sequence[Op]) -> list[tuple[tuple[Op, Span], ...]]:
     return [tuple(r) for r in runs.values()]
 
 
-def split_runs(ops: Sequence[Op], tensors: Sequence[Tensor], weights: frozenset[int]) -> list[tuple[tuple[Op, Span], ...]]:
-    """Cut a run of ops at its valleys; a scan over stacked weights stands alone, one block an iteration."""
+def split_runs(ops: Sequence[Op], tensors: Sequence[Tensor], weights: frozenset[int], most: float) -> list[tuple[tuple[Op, Span], ...]]:
+    """Cut a run of ops at its valleys and where it is too heavy; a scan over stacked weights stands alone, one block an iteration."""
     runs: list[tuple[tuple[Op, Span], ...]] = []
     rest: list[Op] = []
 
     def flush() -> None:
         if rest:
-            runs.extend(tuple((op, None) for op in piece) for piece in valleys(rest, tensors))
+            light = [p for piece in valleys(rest, tensors) for p in split_heavy(piece, tensors, weights, most)]
+            runs.extend(tuple((op, None) for op in piece) for piece in light)
             rest.clear()
 
     for op in ops:
@@ -209,6 +211,20 @@ def valleys(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[list[Op]]:
     if pending:
         pieces = [*pieces[:-1], pieces[-1] + pending] if pieces else [pending]
     return pieces
+
+
+def split_heavy(ops: list[Op], tensors: Sequence[Tensor], weights: frozenset[int], most: float) -> list[list[Op]]:
+    """Halve a piece that reads more than `most` bytes of weights, where fewest bytes are alive, until none can be halved."""
+    read = {t for op in ops for t in op.inputs if t in weights}
+    if sum(tensors[t].nbytes for t in read) <= most:
+        return [ops]
+    marks = [n for n, op in enumerate(ops) if has_contraction(op) and not weights.isdisjoint(op.inputs)]
+    if len(marks) < 2:
+        return [ops]
+    live = live_bytes(ops, tensors)
+    middle = len(marks) // 2
+    at = min(range(marks[middle - 1], marks[middle]), key=lambda n: (live[n], n))
+    return [*split_heavy(ops[: at + 1], tensors, weights, most), *split_heavy(ops[at + 1 :], tensors, weights, most)]
 
 
 def has_contraction(op: Op) -> bool:

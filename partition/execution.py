@@ -58,10 +58,14 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a run did: transfers in order, stage outputs where asked for (stage id, trip, value) -> array, seconds until all was done."""
+    """What a run did: transfers in order, and seconds until all was done.
+
+    kept and read: outputs and inputs of stages on the host, where asked for, by (stage id, trip, value).
+    """
 
     moved: tuple[Moved, ...]
     kept: Mapping[tuple[int, int, Value], np.ndarray]
+    read: Mapping[tuple[int, int, Value], np.ndarray]
     seconds: float
 
     def bytes_between(self, src: int, dst: int) -> int:
@@ -177,7 +181,7 @@ class Runner:
             home = min(walk.env.get((t, None), {self.stages.all[0].mesh: None}))
             results.append(walk.fetch((t, None), home))
         jax.block_until_ready(results)
-        record = Record(moved=tuple(machine.moved), kept=machine.kept, seconds=time.perf_counter() - start)
+        record = Record(moved=tuple(machine.moved), kept=machine.kept, read=machine.read, seconds=time.perf_counter() - start)
         return jax.tree_util.tree_unflatten(self.program.entry.out_tree, results), record
 
     def __call__(self, *args: Any) -> Any:
@@ -191,6 +195,7 @@ class _Computer:
         self.runner, self.loaded, self.placed, self.keep = runner, loaded, placed, keep
         self.moved: list[Moved] = []
         self.kept: dict[tuple[int, int, Value], np.ndarray] = {}
+        self.read: dict[tuple[int, int, Value], np.ndarray] = {}
 
     def given(self, value: Value, mesh: int) -> Any:
         if (value, mesh) not in self.placed:
@@ -204,8 +209,12 @@ class _Computer:
         return self.placed[value, mesh]
 
     def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
+        keeps = self.keep >= 0 and trip < self.keep
+        if keeps:
+            pairs = zip(stage.inputs, arrays, strict=True)
+            self.read.update(((stage.id, trip, v), _jax.to_numpy(a).copy()) for v, a in pairs if v[0] not in self.loaded)
         out: Sequence[Any] = self.runner.compiled[stage.id](*arrays)
-        if self.keep >= 0 and trip < max(self.keep, 0):
+        if keeps:
             self.kept.update(((stage.id, trip, v), _jax.to_numpy(a).copy()) for v, a in zip(stage.outputs, out, strict=True))
         return out
 

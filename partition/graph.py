@@ -131,6 +131,10 @@ class Graph:
         return to_nx(self.ops, self.tensors, name="graph")
 
 
+Item = tuple[Op, Span]
+"""An op, and the iteration range of it that is meant (None: all)."""
+
+
 def bodies(op: Op) -> tuple[Graph, ...]:
     """The graphs inside an op: condition and body of a loop, branches of a cond."""
     if op.loop is None:

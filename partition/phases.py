@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 
 from partition.errors import PhaseError
 from partition.graph import Graph, Op, Role, Tensor, bodies, roots, to_nx
-from partition.program import Program
 
 if TYPE_CHECKING:
     import networkx as nx
+
+    from partition.program import Program
 
 CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 _WRITES = ("dynamic_update_slice", "scatter")

@@ -352,7 +352,7 @@ def pose(
     loop = phases.token_loop
     runs = loop_trips(loop, graph, trips) if loop is not None else 0
     works = work(graph, weights=weights, trips=trips)
-    blocks = coarsen(phases, level=level)
+    blocks = coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
     priced: dict[tuple[str, int], tuple[Layout, dict[int, Cost]]] = {}
     for m in cluster.meshes:
         if (m.device.name, m.count) not in priced:

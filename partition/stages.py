@@ -17,13 +17,10 @@ from typing import Any
 from partition import _jax
 from partition.coarsen import Block
 from partition.errors import PlacementError
-from partition.graph import Op, Role, Span, Value, reads, writes
+from partition.graph import Item, Op, Role, Value, reads, writes
 from partition.phases import Phases
 from partition.problem import Placement, Problem, verify
 from partition.program import Program
-
-Item = tuple[Op, Span]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:

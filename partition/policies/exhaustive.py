@@ -12,9 +12,9 @@ LIMIT = 100_000
 
 
 def exhaustive(problem: Problem) -> Placement:
-    """The best of all placements for the problem's objective. O(m^n): raises PlacementError above 100,000 placements.
+    """The best of all placements for the problem's objective.
 
-    Nodes that both phases need follow their readers. Raises InfeasibleError where nothing fits.
+    O(m^n): raises PlacementError above 100,000 placements. Nodes that both phases need follow their readers. Raises InfeasibleError where nothing fits.
     """
     free = [n for n in range(len(problem)) if problem.phase[n] is not Phase.BOTH and n not in problem.pins]
     count = len(problem.meshes) ** len(free)

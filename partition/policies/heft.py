@@ -10,9 +10,9 @@ from partition.problem import Placement, Problem
 
 
 def heft(problem: Problem) -> Placement:
-    """Place nodes by upward rank, each where it finishes first. O(n m + edges) time.
+    """Place nodes by upward rank, each where it finishes first.
 
-    A node of the token loop counts all its trips. Raises InfeasibleError where a node finds no mesh with room.
+    O(n m + edges) time. A node of the token loop counts all its trips. Raises InfeasibleError where a node finds no mesh with room.
     """
     n, meshes = len(problem), range(len(problem.meshes))
     weight = problem.seconds * problem.times[:, None]

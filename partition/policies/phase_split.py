@@ -11,7 +11,9 @@ from partition.problem import Placement, Problem
 
 
 def phase_split(problem: Problem) -> Placement:
-    """Place PREFILL and DECODE on different kinds (with one kind only: on different meshes), each laid over as few meshes as hold it.
+    """Place PREFILL and DECODE on different kinds of machine.
+
+    With one kind only, on different meshes. Each phase is laid over as few meshes as hold it.
 
     Source: the inference disaggregation that AWS and Cerebras announced in March 2026; Splitwise (ISCA'24), DistServe (OSDI'24).
     O(n m) time. Raises PlacementError where there is but one mesh, InfeasibleError where a phase does not fit on its kind.

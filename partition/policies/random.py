@@ -10,7 +10,9 @@ from partition.problem import Placement, Problem
 
 
 def random(problem: Problem, *, seed: int = 0) -> Placement:
-    """Draw a feasible placement; the same seed gives the same one. O(n m) time. Raises InfeasibleError where a node finds no room."""
+    """Draw a feasible placement by chance; the same seed gives the same one.
+
+    O(n m) time. Raises InfeasibleError where a node finds no room."""
     rng = np.random.default_rng(seed)
     room, seen = Room(problem), []
     for n in range(len(problem)):

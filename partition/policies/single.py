@@ -8,8 +8,9 @@ from partition.problem import Placement, Problem, evaluate, verify
 
 
 def single(problem: Problem, *, kind: str | None = None) -> Placement:
-    """Place both phases on one kind of device (`kind`, or the best of those that hold the model). O(n m log) time.
+    """Place both phases on one kind of device (`kind`, or the best of those that hold the model).
 
+    O(n m log) time.
     Raises InfeasibleError when no kind holds the model, with what the last one lacks.
     """
     best: tuple[float, Placement] | None = None

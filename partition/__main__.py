@@ -1,0 +1,5 @@
+"""`python -m partition`."""
+
+from partition.cli import main
+
+main()

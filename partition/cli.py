@@ -1,0 +1,227 @@
+"""The command line: demo, plan, check, compare, devices, policies. Everything it does is one call in Python.
+
+Exit codes: 0 done or equal, 1 not equal, 2 wrong use, 3 infeasible, 4 crash. No verb imports JAX that does not need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from partition.errors import EquivalenceError, ExitCode, PartitionError
+
+if TYPE_CHECKING:
+    from partition.pipeline import Plan
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
+
+Model = Annotated[str, typer.Argument(help="a model's name, or module:callable that gives (fn, args)")]
+ClusterName = Annotated[str, typer.Option("--cluster", help="a cluster's name, or a .toml file")]
+PolicyName = Annotated[str, typer.Option("--policy", help="a policy's name, or module:attr")]
+Objective = Annotated[str, typer.Option("--objective", help="ttft, tpot, e2e, throughput or usd_per_mtok")]
+Prompt = Annotated[int, typer.Option("--prompt", help="prompt length [tokens]", min=1)]
+NewTokens = Annotated[int, typer.Option("--new-tokens", help="tokens to write", min=2)]
+Batch = Annotated[int, typer.Option("--batch", help="sequences that run together", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Show what is going on, on stderr: a spinner on a terminal, else a line for each pass."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what: print(f"... {what}", file=sys.stderr, flush=True)
+        return
+    with console.status("") as status:
+        yield lambda what: status.update(what)
+
+
+def request(model: str, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A model's function and arguments; errors of the model's own are given in this package's form."""
+    from partition.pipeline import model as find
+
+    made = find(model)
+    if ":" in model:
+        return made()  # type: ignore[no-any-return]
+    try:
+        return made(**options)
+    except ValueError as error:
+        what, _, rest = str(error).partition("\n")
+        where, _, mend = rest.partition("\n")
+        raise PartitionError(what, where=where.partition(": ")[2] or model, mend=mend.partition(": ")[2].strip() or "check the options") from None
+
+
+def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, seed: int | None = None,
+              dump: Path | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
+    """Plan one request of a model by name; gives the plan and the arguments."""
+    from partition import profiles
+    from partition.pipeline import plan
+    from partition.pipeline import policy as find_policy
+
+    profiles.cluster(cluster)  # wrong names are said before the model is built
+    find_policy(policy)
+    with progress() as say:
+        say(f"build {model}")
+        fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
+        title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
+        return plan(fn, args, cluster=cluster, policy=policy, objective=objective, title=title, progress=say, dump=dump), args
+
+
+@app.command("plan")
+def plan_command(
+    model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "phase_split", objective: Objective = "e2e",
+    prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, as_json: AsJson = False,
+    out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
+    dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
+) -> None:  # fmt: skip
+    """Plan a model on a cluster."""
+    from partition.pipeline import to_json
+
+    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, dump=dump)
+    if out is not None:
+        made.save(out)
+    print(json.dumps(to_json(made)) if as_json else made)
+    for folder in (out, dump):
+        if folder is not None and not as_json:
+            print(f"\nwrote {folder}: {', '.join(sorted(os.listdir(folder)))}")
+
+
+@app.command("check")
+def check_command(
+    model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "phase_split", objective: Objective = "e2e",
+    prompt: Prompt = 16, new_tokens: NewTokens = 8, batch: Batch = 1, seed: Annotated[int, typer.Option("--seed", help="of the random weights")] = 0,
+    as_json: AsJson = False, default_options: Annotated[bool, typer.Option("--default-options", help="compile with XLA's defaults instead of the strict ones")] = False,
+    json_file: Annotated[Optional[Path], typer.Option("--json-file", help="write the verdict as JSON")] = None,  # noqa: UP045
+    junit: Annotated[Optional[Path], typer.Option("--junit", help="write the verdict as JUnit XML")] = None,  # noqa: UP045
+) -> None:  # fmt: skip
+    """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
+    import dataclasses
+
+    from partition import equivalence, execution, reporting
+    from partition.pipeline import write
+
+    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, seed=seed)
+    with progress() as say:
+        say("cut")
+        runner = execution.prepare(made.stages, strict=not default_options, progress=say)
+        say("run cut and uncut, compare")
+        try:
+            verdict, code = equivalence.check(made.stages, *args, strict=not default_options, runner=runner), ExitCode.OK
+        except EquivalenceError as error:
+            verdict, code = error.verdict, ExitCode.MISMATCH  # type: ignore[assignment]
+    raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "versions": dict(made.versions)} | dataclasses.asdict(verdict), indent=1, default=str)
+    if json_file is not None:
+        write(json_file, raw)
+    if junit is not None:
+        write(junit, reporting.junit(made.title, verdict))
+    print(raw if as_json else verdict)
+    raise typer.Exit(code)
+
+
+@app.command("compare")
+def compare_command(
+    model: Model, cluster: ClusterName = "trn2_efa_cs3",
+    policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
+    objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Compare policies on one problem."""
+    from partition.bench import compare
+    from partition.phases import tag
+    from partition.pipeline import policy as find_policy
+    from partition.policies import POLICIES
+    from partition.problem import pose
+    from partition.profiles import cluster as find_cluster
+    from partition.program import trace
+    from partition.tables import table
+    from partition.units import dollars, seconds
+
+    names = policy or sorted(POLICIES)
+    machines, _ = find_cluster(cluster), [find_policy(n) for n in names]
+    with progress() as say:
+        say(f"trace {model}")
+        fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)
+        problem = pose(tag(trace(fn, *args)), machines, objective=objective)
+        say("place")
+        results = compare({model: problem}, names)
+    if as_json:
+        print(json.dumps([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "why_not": r.why_not,
+                           "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok")}}
+                          for r in results]))  # fmt: skip
+        return
+    lines = []
+    for r in results:
+        e = r.estimate
+        cells = [r.why_not[:70], "", "", "", "", ""] if e is None else [
+            seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok), f"{100 * (r.gap or 0):.1f} %"]  # fmt: skip
+        lines.append([r.policy, seconds(r.seconds), *cells])
+    print(table(f"{model} on {cluster}, objective {objective}", ("policy", "placed in", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "gap at most"), lines))
+
+
+@app.command("devices")
+def devices_command(as_json: AsJson = False) -> None:
+    """List the devices and clusters that come with the package, with the sources of their numbers (--json)."""
+    from partition import profiles
+    from partition.catalogue import clusters_text, devices_json, devices_text
+
+    devices = [profiles.device(n) for n in profiles.names("device")]
+    clusters = [profiles.cluster(n) for n in profiles.names("cluster")]
+    if as_json:
+        print(json.dumps(devices_json(devices, clusters), indent=1))
+        return
+    print(devices_text(devices) + "\n\n" + clusters_text(clusters))
+
+
+@app.command("policies")
+def policies_command(as_json: AsJson = False) -> None:
+    """List the policies."""
+    from partition.policies import POLICIES
+    from partition.tables import table
+
+    about = {name: (p.__doc__ or "").strip().splitlines()[0] for name, p in sorted(POLICIES.items())}
+    print(json.dumps(about, indent=1) if as_json else table("Policies", ("policy", "what it does"), about.items()))
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="folder for plan, report and trace")] = Path("out/demo"),
+    random_init: Annotated[bool, typer.Option("--random-init", help="do not use the real weights")] = False,
+) -> None:
+    """Plan Llama-3.1-70B; run SmolLM2-135M with its real weights through a Trainium + CS-3 plan on CPU, and prove the numbers."""
+    from partition.demo import demo
+
+    with progress() as say:
+        printed = demo(out, random_init=random_init, progress=say)
+    print(printed)
+
+
+def main() -> None:
+    """Entry point: turns errors into messages and exit codes."""
+    try:
+        code = app(standalone_mode=False)
+    except PartitionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except typer._click.exceptions.ClickException as error:  # type: ignore[attr-defined]
+        error.show()
+        code = ExitCode.USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        import traceback
+
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"crash: {type(error).__name__}: {error}\n  where: {last.filename}:{last.lineno} ({last.name})\n"
+              "  mend:  this is a fault of the planner; run again with PARTITION_DEBUG=1 for the whole traceback and report it", file=sys.stderr)  # fmt: skip
+        if os.environ.get("PARTITION_DEBUG"):
+            traceback.print_exc()
+        code = ExitCode.CRASH
+    sys.exit(int(code or 0))

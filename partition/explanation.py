@@ -1,0 +1,137 @@
+"""Why a plan is what it is: what the alternatives would cost, and where the answer flips.
+
+The announced split is held against the best placement on one kind of machine. The price of the decode machine and the bandwidth of
+the link at which the two draw level are computed, since neither is published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from partition.errors import InfeasibleError, PlacementError
+from partition.policies import phase_split, single
+from partition.policies._layers import of_kind
+from partition.problem import Estimate, Placement, Problem, evaluate
+from partition.units import dollars, rate, seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """One way to place the whole problem, or why it cannot be done."""
+
+    name: str
+    placement: Placement | None
+    estimate: Estimate | None
+    why_not: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The split against the best single kind. flip_price [$/h of one decode machine] and flip_beta [B/s]: where they draw level, or None."""
+
+    split: Alternative
+    best: Alternative
+    alternatives: tuple[Alternative, ...]
+    decode_kind: str
+    flip_price: float | None
+    flip_beta: float | None
+    sentence: str
+
+
+def alternatives(problem: Problem) -> tuple[Alternative, ...]:
+    """Everything on each kind of machine alone, and the split."""
+    found = []
+    for kind in sorted(of_kind(problem)):
+        try:
+            placed = single(problem, kind=kind)
+            found.append(Alternative(name=f"all on {kind}", placement=placed, estimate=evaluate(problem, placed)))
+        except InfeasibleError as error:
+            found.append(Alternative(name=f"all on {kind}", placement=None, estimate=None, why_not=error.what))
+    try:
+        placed = phase_split(problem)
+        found.append(Alternative(name="split", placement=placed, estimate=evaluate(problem, placed)))
+    except (InfeasibleError, PlacementError) as error:
+        found.append(Alternative(name="split", placement=None, estimate=None, why_not=error.what))
+    return tuple(found)
+
+
+def flip_price(problem: Problem, split: Estimate, other: Estimate, kind: str) -> float | None:
+    """$/h of one device of `kind` at which both cost the same for a token; None where no price makes them equal."""
+    counts = {m: float(problem.price[m]) for m in range(len(problem.meshes))}
+
+    def parts(e: Estimate) -> tuple[float, float]:
+        fixed = sum(b * counts[m] for m, b in enumerate(e.busy) if problem.kinds[m] != kind)
+        return fixed, sum(b * _devices(problem, m) for m, b in enumerate(e.busy) if problem.kinds[m] == kind)
+
+    (a1, b1), (a2, b2) = parts(split), parts(other)
+    if b1 == b2:
+        return None
+    price = (a2 - a1) / (b1 - b2)
+    return price * 3600 if price > 0 else None
+
+
+def _devices(problem: Problem, mesh: int) -> int:
+    return 1 if problem.cluster is None else problem.cluster.meshes[mesh].count
+
+
+def flip_beta(problem: Problem, split: Placement, other: Estimate) -> float | None:
+    """Bandwidth [B/s] of the links between kinds below which the split loses end to end; None where bandwidth does not decide."""
+    kinds = np.array(problem.kinds)
+    across = kinds[:, None] != kinds[None, :]
+
+    def wins(beta: float) -> bool:
+        slower = dataclasses.replace(problem, beta=np.where(across, beta, problem.beta))
+        return evaluate(slower, split).e2e < other.e2e
+
+    low, high = 1e3, 1e15
+    if wins(low) or not wins(high):
+        return None
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if wins(middle) else (middle, high)
+    return high
+
+
+def explain(problem: Problem) -> Answer:
+    """Hold the announced split against the best single kind of machine, for the problem's objective.
+
+    Raises InfeasibleError where the split or every single kind does not fit.
+    """
+    found = alternatives(problem)
+    split = found[-1]
+    singles = [a for a in found[:-1] if a.estimate is not None]
+    if split.estimate is None or split.placement is None or not singles:
+        lacking = split if split.estimate is None else found[0]
+        raise InfeasibleError(f"{lacking.name}: {lacking.why_not}", where="explain", mend="use a larger cluster")
+    best = min(singles, key=lambda a: a.estimate.score(problem.objective))  # type: ignore[union-attr]
+    assert best.estimate is not None
+    body = [n for n, r in enumerate(problem.region) if r == "body"]
+    kind = problem.kinds[int(split.placement.mesh[body[0]])]
+    price, beta = flip_price(problem, split.estimate, best.estimate, kind), flip_beta(problem, split.placement, best.estimate)
+    sentence = _sentence(problem, split.estimate, best, kind, price, beta)
+    return Answer(split=split, best=best, alternatives=found, decode_kind=kind, flip_price=price, flip_beta=beta, sentence=sentence)
+
+
+def _numbers(e: Estimate) -> str:
+    return f"TTFT {seconds(e.ttft)}, TPOT {seconds(e.tpot)}, {dollars(e.usd_per_mtok)} per million tokens"
+
+
+def _sentence(problem: Problem, split: Estimate, best: Alternative, kind: str, price: float | None, beta: float | None) -> str:
+    assert best.estimate is not None
+    cheaper = split.usd_per_mtok < best.estimate.usd_per_mtok
+    if price is None:
+        money = f"it is {'cheaper' if cheaper else 'dearer'} at any price of a {kind}"
+    else:
+        below = flip_side(problem, kind, price, cheaper)
+        money = f"it is cheaper {below} {dollars(price)} per {kind}-hour"
+    wins = split.e2e < best.estimate.e2e
+    speed = f"faster end to end above {rate(beta)} between the two" if beta is not None else f"{'faster' if wins else 'slower'} end to end at any bandwidth"
+    return f"The announced split gives {_numbers(split)}; the best single kind ({best.name}) {_numbers(best.estimate)}; {money}, and {speed}."
+
+
+def flip_side(problem: Problem, kind: str, price: float, cheaper_now: bool) -> str:
+    """Whether the split is cheaper "below" or "above" the flip price, seen from today's price."""
+    today = max(float(problem.price[m]) / _devices(problem, m) for m in range(len(problem.meshes)) if problem.kinds[m] == kind) * 3600
+    return ("below" if cheaper_now else "above") if today < price else ("above" if cheaper_now else "below")

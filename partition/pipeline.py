@@ -1,0 +1,271 @@
+"""plan(): the whole chain on one page, from a callable to a Plan; finding policies, models and clusters by name.
+
+A Plan is saved as plan.json and loaded whole: the problem as numbers, the placement, the estimate, the bound. What cannot be saved
+(the traced program) is traced again from the model's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from partition import profiles
+from partition.bounds import Bound, lower_bound
+from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError
+from partition.flow import Flow, Resident
+from partition.hardware import Cluster
+from partition.phases import Phase
+from partition.policies import POLICIES, Policy
+from partition.problem import Estimate, Placement, Problem, evaluate, verify
+from partition.workload import Workload
+
+if TYPE_CHECKING:
+    from partition.stages import Stages
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """A placement with all that led to it. `timings` [s] by pass; `how` says how the phases were found; `versions` of what made it."""
+
+    title: str
+    cluster: str
+    policy: str
+    problem: Problem = dataclasses.field(repr=False)
+    placement: Placement = dataclasses.field(repr=False)
+    estimate: Estimate
+    bound: Bound
+    how: tuple[str, ...] = ()
+    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """How far the score may be from the best possible, as a share of it."""
+        return self.bound.gap(self.estimate.score(self.problem.objective))
+
+    @functools.cached_property
+    def stages(self) -> Stages:
+        """The program cut by the placement. Raises PlacementError for a plan that was loaded from a file."""
+        from partition.stages import cut
+
+        if self.problem.phases is None:
+            raise PlacementError("a loaded plan has no program to cut", where=self.title, mend="plan the model again, with this placement's policy")
+        return cut(self.problem.phases.program, self.placement)
+
+    def __str__(self) -> str:
+        from partition.reporting import text
+
+        return text(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write plan.json, report.html and trace.json into a folder, each whole or not at all. Raises OutputError."""
+        from partition.reporting import html, trace_events
+
+        folder = Path(folder)
+        write(folder / "plan.json", json.dumps(to_json(self), indent=1))
+        write(folder / "report.html", html(self))
+        write(folder / "trace.json", json.dumps(trace_events(self)))
+        return folder
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan.json (or the folder that holds it). Raises OutputError."""
+        path = Path(path)
+        path = path / "plan.json" if path.is_dir() else path
+        try:
+            return from_json(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"the plan cannot be read: {type(error).__name__}: {error}", where=str(path), mend="name a plan.json that `partition plan` wrote") from None
+
+
+def write(path: Path, content: str) -> None:
+    """Write a file whole or not at all. Raises OutputError where the folder is not writable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path.name}: {error.strerror}", where=str(path.parent), mend="name a folder that you may write to") from None
+
+
+def _named(group: str, name: str, known: Mapping[str, Any], kind: str) -> Any:
+    """A thing by registered name, by entry point, or as module:attr."""
+    if name in known:
+        return known[name]
+    points = {p.name: p for p in importlib.metadata.entry_points(group=group)}
+    if name in points:
+        return points[name].load()
+    if ":" in name:
+        module, _, attr = name.partition(":")
+        sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module), attr)
+        except (ImportError, AttributeError) as error:
+            raise NameUnknownError(f"{kind} {name!r} cannot be imported: {error}", where=name, mend="write module:attribute of something importable from here") from None
+        finally:
+            sys.path.pop(0)
+    raise NameUnknownError.among(kind, name, [*known, *points], mend="or name your own as module:attribute")
+
+
+def policy(name: str | Policy) -> Policy:
+    """A policy by name, entry point or module:attr; a callable is itself. Raises NameUnknownError."""
+    return name if callable(name) else _named("partition.policies", name, POLICIES, "policy")  # type: ignore[no-any-return]
+
+
+def model(name: str) -> Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """A model by name (`model("tiny")(prompt=16, new_tokens=8, seed=0)` -> fn, args) or as module:attr, which is then called itself.
+
+    Raises NameUnknownError; and where a folder called "models" of your own hides the package's.
+    """
+    made = _models_guard(name)
+    return made if ":" in name else functools.partial(made, name)
+
+
+def _models_guard(name: str) -> Any:
+    try:
+        return _named("partition.models", name, {}, "model")
+    except (ImportError, AttributeError) as error:
+        found = getattr(sys.modules.get("models"), "__file__", None)
+        raise NameUnknownError(f"model {name!r} cannot be loaded: {error}", where=str(found or "models"),
+                               mend="if a folder called 'models' of yours hides the package's, rename it or start `partition` from elsewhere") from None  # fmt: skip
+
+
+def model_names() -> list[str]:
+    """Names of the models that entry points register."""
+    return sorted(p.name for p in importlib.metadata.entry_points(group="partition.models"))
+
+
+def place(problem: Problem, how: str | Policy, **options: Any) -> Placement:
+    """Run a policy and hold its placement to the problem. Raises PlacementError for a policy that fails, InfeasibleError."""
+    chosen = policy(how)
+    try:
+        placement = chosen(problem, **options)
+    except PartitionError:
+        raise
+    except Exception as error:
+        raise PlacementError(f"the policy raised {type(error).__name__}: {error}", where=getattr(chosen, "__name__", str(how)),
+                             mend="a policy takes a Problem and returns problem.placement(mesh numbers)") from error  # fmt: skip
+    return verify(problem, placement)
+
+
+def plan(
+    fn: Callable[..., Any], args: tuple[Any, ...], *, cluster: str | Cluster, policy: str | Policy = "phase_split", objective: str = "e2e",
+    level: Literal["block", "op"] = "block", trips: int | None = None, title: str | None = None,
+    progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
+) -> Plan:  # fmt: skip
+    """Trace, tag, pose, place: a Plan for `fn(*args)` on a cluster (a name, a .toml path, or a Cluster).
+
+    progress is told the name of each pass. dump: a folder for numbered files of every intermediate value.
+    Raises PartitionError of many kinds, each with its mend.
+    """
+    from partition import phases, problem, program
+
+    say = progress or (lambda _: None)
+    timings: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        say(name)
+        start = time.perf_counter()
+        result = work()
+        timings[name] = time.perf_counter() - start
+        return result
+
+    machines = profiles.cluster(cluster) if isinstance(cluster, str) else cluster
+    traced = timed("trace", lambda: program.trace(fn, *args))
+    tagged = timed("tag", lambda: phases.tag(traced))
+    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips))
+    placed = timed("place", lambda: place(posed, policy))
+    estimate = evaluate(posed, placed)
+    made = Plan(
+        title=title or traced.entry.name, cluster=machines.name, policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "policy"),
+        problem=posed, placement=placed, estimate=estimate, bound=lower_bound(posed), how=tagged.how, timings=timings, versions=versions(),
+    )  # fmt: skip
+    if dump is not None:
+        from partition.reporting import dumps
+
+        for name, content in dumps(made):
+            write(Path(dump) / name, content)
+    return made
+
+
+def versions() -> dict[str, str]:
+    """What made a result: Python and the packages that decide it."""
+    found = {"python": platform.python_version()}
+    for package in ("partition-planner", "jax", "jaxlib", "flax", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+_ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "price", "link_price")
+
+
+def to_json(made: Plan) -> dict[str, Any]:
+    """A plan as plain values."""
+    p, e = made.problem, made.estimate
+    numbers = {name: np.where(np.isfinite(getattr(p, name)), getattr(p, name), -1).tolist() for name in _ARRAYS}
+    return {
+        "format": FORMAT, "title": made.title, "cluster": made.cluster, "policy": made.policy, "how": list(made.how),
+        "timings": dict(made.timings), "versions": dict(made.versions),
+        "placement": {"mesh": made.placement.mesh.tolist(), "also": {str(k): list(v) for k, v in made.placement.also.items()}},
+        "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "exposed", "busy", "memory")},
+        "links": [{"src": p.meshes[a], "dst": p.meshes[b], "bytes": n, "seconds": e.link_busy[a, b]} for (a, b), n in sorted(e.link_bytes.items())],
+        "bound": {"score": made.bound.score, "proof": made.bound.proof}, "gap": made.gap,
+        "problem": numbers | {
+            "names": p.names, "phase": [str(x) for x in p.phase], "region": p.region, "meshes": p.meshes, "kinds": p.kinds,
+            "flows": [dataclasses.asdict(f) for f in p.flows], "residents": [dataclasses.asdict(r) for r in p.residents],
+            "workload": dataclasses.asdict(p.workload), "objective": p.objective, "pins": {str(k): v for k, v in p.pins.items()},
+        },
+        "stages": [dataclasses.asdict(row) for row in _rows(made)],
+    }  # fmt: skip
+
+
+def _rows(made: Plan) -> list[Any]:
+    from partition.reporting import rows
+
+    return rows(made)
+
+
+def _value(raw: list[Any]) -> Any:
+    return (raw[0], None if raw[1] is None else tuple(raw[1]))
+
+
+def from_json(raw: Mapping[str, Any]) -> Plan:
+    """A plan from plain values; its estimate is computed again from the problem. Raises OutputError for another format."""
+    if raw.get("format") != FORMAT:
+        raise OutputError(f"plan format {raw.get('format')!r} is not {FORMAT}", where="plan.json", mend="plan again with this version")
+    p = raw["problem"]
+    arrays = {name: np.array(p[name], dtype=np.int64 if name == "times" else np.float64) for name in _ARRAYS}
+    arrays["beta"] = np.where(arrays["beta"] < 0, np.inf, arrays["beta"])
+    arrays["resident"] = arrays["resident"].reshape(len(p["residents"]), len(p["meshes"]))
+    problem = Problem(
+        names=tuple(p["names"]), phase=tuple(Phase(x) for x in p["phase"]), region=tuple(p["region"]), meshes=tuple(p["meshes"]),
+        kinds=tuple(p["kinds"]), workload=Workload(**p["workload"]), objective=p["objective"], pins={int(k): v for k, v in p["pins"].items()},
+        flows=tuple(Flow(**f | {"value": _value(f["value"]), "dst": tuple(f["dst"])}) for f in p["flows"]),
+        residents=tuple(Resident(**r | {"value": _value(r["value"]), "blocks": tuple(r["blocks"])}) for r in p["residents"]), **arrays,
+    )  # fmt: skip
+    also = {int(k): tuple(v) for k, v in raw["placement"]["also"].items()}
+    placement = verify(problem, Placement(mesh=np.array(raw["placement"]["mesh"], np.int64), also=also, problem=problem))
+    return Plan(title=raw["title"], cluster=raw["cluster"], policy=raw["policy"], problem=problem, placement=placement,
+                estimate=evaluate(problem, placement), bound=Bound(**raw["bound"]), how=tuple(raw["how"]), timings=raw["timings"],
+                versions=raw["versions"])  # fmt: skip

@@ -1,0 +1,222 @@
+"""Plans and verdicts for people and programs: text tables, HTML, a Perfetto trace, JUnit, numbered dumps."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape, quoteattr
+
+from partition.phases import Phase
+from partition.tables import table
+from partition.timeline import Timeline, schedule
+from partition.units import dollars, flops, rate, seconds, size
+from partition.work import Work
+
+if TYPE_CHECKING:
+    from partition.equivalence import Verdict
+    from partition.explanation import Answer
+    from partition.pipeline import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One stage of a plan: nodes of one phase that follow each other on one mesh. flops, bytes, seconds: of one run; times: a request."""
+
+    stage: str
+    mesh: str
+    ops: int
+    flops: float
+    bytes: float
+    seconds: float
+    times: int
+    bound_by: str
+
+
+def rows(plan: Plan) -> list[Row]:
+    """The stage table of a plan (of a loaded one, without ops, flops and bytes)."""
+    p, mesh = plan.problem, plan.placement.mesh
+    runs: list[list[int]] = []
+    for n in range(len(p)):
+        key = (int(mesh[n]), p.phase[n], p.region[n] != "top")
+        if runs and key == (int(mesh[runs[-1][0]]), p.phase[runs[-1][0]], p.region[runs[-1][0]] != "top"):
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    found = []
+    for i, run in enumerate(runs):
+        m = int(mesh[run[0]])
+        work = sum((p.works[n] for n in run), Work()) if p.works else Work()
+        limits: dict[str, float] = {}
+        for n in run if p.costs else []:
+            c = p.costs[n][m]
+            parts = {"compute": c.compute, "memory": c.memory} if c.busy else {}
+            for name, value in {**parts, "link": c.link, "latency": c.latency}.items():
+                limits[name] = limits.get(name, 0.0) + value
+        found.append(Row(
+            stage=f"{i} {p.phase[run[0]]}" + (f" {p.names[run[0]]}" if len(runs) > 4 else ""), mesh=p.meshes[m], ops=sum(len(p.blocks[n].items) for n in run) if p.blocks else 0,
+            flops=float(work.total_flops), bytes=float(work.bytes), seconds=float(p.seconds[run, m].sum()), times=int(p.times[run[0]]),
+            bound_by=max(limits, key=lambda k: limits[k]) if limits else "",
+        ))  # fmt: skip
+    return found
+
+
+def stage_table(plan: Plan, most: int = 30) -> str:
+    """Stage, mesh, ops, flops, bytes, time, bound by."""
+    found = rows(plan)
+    lines = [(r.stage, r.mesh, str(r.ops), flops(r.flops), size(r.bytes), seconds(r.seconds) + (f" x {r.times}" if r.times > 1 else ""), r.bound_by)
+             for r in found[:most]]  # fmt: skip
+    title = "Stages" + (f" (first {most} of {len(found)})" if len(found) > most else "")
+    return table(title, ("stage", "mesh", "ops", "flops", "bytes", "time", "bound by"), lines)
+
+
+def link_table(plan: Plan) -> str:
+    """Links with bytes, time, and what of the hand-off prefill hides."""
+    p, e = plan.problem, plan.estimate
+    hidden = f"all but {seconds(e.exposed)}"
+    handoff = {(int(plan.placement.mesh[f.src]), int(plan.placement.mesh[d])) for f in p.flows if f.kind == "handoff" for d in f.dst}
+    lines = [(f"{p.meshes[a]} -> {p.meshes[b]}", size(n), seconds(e.link_busy[a, b]), rate(float(p.beta[a, b])),
+              hidden if (a, b) in handoff else "nothing") for (a, b), n in sorted(e.link_bytes.items())]  # fmt: skip
+    return table("Links (a request)", ("link", "bytes", "time", "bandwidth", "overlapped with prefill"), lines) if lines else "Links: nothing crosses"
+
+
+def memory_table(plan: Plan) -> str:
+    """Memory against capacity for each mesh that is used."""
+    p = plan.problem
+    lines = [(name, size(used), size(float(cap)), f"{100 * used / float(cap):.1f} %")
+             for name, used, cap in zip(p.meshes, plan.estimate.memory, p.capacity, strict=True) if used > 0]  # fmt: skip
+    return table("Memory", ("mesh", "held", "usable", "full"), lines)
+
+
+def headline(plan: Plan) -> str:
+    """What a plan gives, in a line, and how far it may be from the best."""
+    e = plan.estimate
+    return (
+        f"{plan.title} on {plan.cluster} by {plan.policy}: TTFT {seconds(e.ttft)}, TPOT {seconds(e.tpot)}, end to end {seconds(e.e2e)}, "
+        f"{e.throughput:,.0f} tokens/s, {dollars(e.usd_per_mtok)} per million tokens (rate-matched fleet; {dollars(e.usd_reserved)} if reserved)\n"
+        f"at most {100 * plan.gap:.1f} % from the best {plan.problem.objective} ({plan.bound.proof})"
+    )
+
+
+def text(plan: Plan) -> str:
+    """A plan on one screen."""
+    return "\n\n".join([headline(plan), stage_table(plan), link_table(plan), memory_table(plan)])
+
+
+def alternatives_table(answer: Answer) -> str:
+    """What every alternative would give."""
+    lines = []
+    for a in answer.alternatives:
+        e = a.estimate
+        lines.append((a.name, *([a.why_not[:60], "", "", ""] if e is None else
+                                [seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), dollars(e.usd_per_mtok)])))  # fmt: skip
+    return table("Alternatives", ("placement", "TTFT", "TPOT", "end to end", "$ per Mtok"), lines)
+
+
+def trace_events(plan: Plan) -> dict[str, Any]:
+    """The timeline as Chrome trace JSON (open it in ui.perfetto.dev): a track a mesh, a track a link; one of the loop's trips is one slice set.
+
+    Times in the file are microseconds, as the format asks.
+    """
+    timeline, p = schedule(plan.problem, plan.placement), plan.problem
+    tracks: dict[tuple[int, int | None], int] = {}
+    events: list[dict[str, Any]] = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": f"{plan.title} on {plan.cluster}"}}]
+    for slot in timeline.slots:
+        key = (slot.mesh, slot.to)
+        if key not in tracks:
+            tracks[key] = len(tracks) + 2  # track ids differ from the process id, or viewers merge them
+            name = p.meshes[slot.mesh] if slot.to is None else f"{p.meshes[slot.mesh]} -> {p.meshes[slot.to]}"
+            events.append({"ph": "M", "pid": 1, "tid": tracks[key], "name": "thread_name", "args": {"name": name}})
+        if slot.node is not None:
+            label, more = p.names[slot.node], {"phase": str(p.phase[slot.node])}
+        else:
+            flow = p.flows[slot.flow or 0]
+            label, more = f"{flow.kind} {size(flow.nbytes)}", {"bytes": str(flow.nbytes), "from": p.names[flow.src]}
+        busy = slot.end - slot.start - (float(p.alpha[slot.mesh, slot.to]) if slot.to is not None else 0.0)
+        events.append({"ph": "X", "pid": 1, "tid": tracks[key], "name": label, "ts": slot.start * 1e6, "dur": busy * 1e6,
+                       "args": more | ({"trip": str(slot.trip)} if slot.trip >= 0 else {})})  # fmt: skip
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _bars(timeline: Timeline) -> dict[str, Any]:
+    """Tracks of the timeline as shares of its length, for the drawing in the report; neighbours of one kind are one bar."""
+    p = timeline.problem
+    length = max((s.end for s in timeline.slots), default=1.0)
+    tracks: dict[str, list[list[Any]]] = {}
+    for s in timeline.slots:
+        name = p.meshes[s.mesh] if s.to is None else f"{p.meshes[s.mesh]} → {p.meshes[s.to]}"
+        kind = str(p.phase[s.node]) if s.node is not None else p.flows[s.flow or 0].kind
+        kind += f" {s.trip}" if s.trip >= 0 else ""
+        bars = tracks.setdefault(name, [])
+        if bars and bars[-1][2] == kind and s.start - bars[-1][1] < length / 500:
+            bars[-1][1] = max(bars[-1][1], s.end)
+        else:
+            bars.append([s.start, s.end, kind])
+    shown = {name: [(100 * a / length, max(100 * (b - a) / length, 0.15), kind, seconds(b - a)) for a, b, kind in bars] for name, bars in tracks.items()}
+    return {"tracks": shown, "length": seconds(length)}
+
+
+def html(plan: Plan) -> str:
+    """The report: one file that opens offline."""
+    import jinja2
+
+    from partition.explanation import explain
+
+    try:
+        answer: Answer | None = explain(plan.problem)
+    except Exception as error:
+        answer, reason = None, str(error).splitlines()[0]
+    else:
+        reason = ""
+    source = importlib.resources.files("partition").joinpath("report.html.j2").read_text()
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    p, e = plan.problem, plan.estimate
+    sources = []
+    if p.cluster is not None:
+        for device in {m.device.name: m.device for m in p.cluster.meshes}.values():
+            fields = {f"peak {k}": q for k, q in device.peak.items()} | {
+                "memory": device.memory.capacity, "bandwidth": device.memory.bandwidth, "usable": device.memory.usable,
+                "compute efficiency": device.compute_efficiency, "memory efficiency": device.memory_efficiency,
+                "contraction latency": device.contraction_latency, "price": device.price}  # fmt: skip
+            sources += [(device.name, k, f"{float(q):.4g}", str(q.kind), q.source) for k, q in fields.items()]
+        for edge in {x.link.name: x for x in p.cluster.edges}.values():
+            sources += [(edge.link.name, k, f"{float(q):.4g}", str(q.kind), q.source) for k, q in (("alpha", edge.link.alpha), ("beta", edge.link.beta), ("ingest", edge.ingest)) if q]  # fmt: skip
+    return template.render(
+        plan=plan, e=e, p=p, headline=headline(plan), answer=answer, reason=reason, rows=rows(plan), bars=_bars(schedule(p, plan.placement)),
+        sources=sources, seconds=seconds, size=size, flops=flops, dollars=dollars, rate=rate, Phase=Phase, zip=zip,
+        links=[(p.meshes[a], p.meshes[b], n, e.link_busy[a, b]) for (a, b), n in sorted(e.link_bytes.items())],
+    )  # fmt: skip
+
+
+def junit(name: str, verdict: Verdict) -> str:
+    """A verdict as JUnit XML: one test case an output, one for the boundaries."""
+    cases = []
+    for d in verdict.outputs:
+        inner = "" if d.equal else f"<failure message={quoteattr(str(d))}>{escape(verdict.culprit or '')}</failure>"
+        cases.append(f"<testcase classname={quoteattr(name)} name={quoteattr('output ' + d.name)}>{inner}</testcase>")
+    bad = [d for d in verdict.boundaries if not d.equal]
+    inner = f"<failure message={quoteattr(verdict.culprit or str(bad[0]))}/>" if bad else ""
+    cases.append(f"<testcase classname={quoteattr(name)} name={quoteattr(f'{len(verdict.boundaries)} values at stage boundaries')}>{inner}</testcase>")
+    failures = sum(not d.equal for d in verdict.outputs) + bool(bad)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites><testsuite name={quoteattr(name)} tests="{len(cases)}" failures="{failures}" time="{verdict.seconds:.3f}">{"".join(cases)}</testsuite></testsuites>\n'
+
+
+def dumps(plan: Plan) -> list[tuple[str, str]]:
+    """Numbered files of every intermediate value of a plan."""
+    p, phases = plan.problem, plan.problem.phases
+    assert phases is not None
+    program = phases.program
+    ops = [f"{o.id:6d} {phases.of.get(o.id, Phase.NONE):8s} {o.primitive:24s} {list(o.inputs)} -> {list(o.outputs)}  {o.scope}" for o in program.graph.walk()]
+    nodes = [f"{n:4d} {p.phase[n]:8s} {p.region[n]:5s} {p.names[n]:30s} " + " ".join(f"{p.meshes[m]}={seconds(float(p.seconds[n, m]))}" for m in range(min(len(p.meshes), 4))) for n in range(len(p))]
+    flows = [f"{f.kind:8s} {size(f.nbytes):>9s} x{f.times:<5d} {p.names[f.src]} -> {', '.join(p.names[d] for d in f.dst[:6])}" for f in p.flows]
+    placed = [f"{n:4d} {p.names[n]:30s} {', '.join(p.meshes[m] for m in plan.placement.of(n))}" for n in range(len(p))]
+    slots = [f"{seconds(s.start):>9s} {seconds(s.end):>9s} {p.meshes[s.mesh]}{'' if s.to is None else ' -> ' + p.meshes[s.to]} {p.names[s.node] if s.node is not None else p.flows[s.flow or 0].kind}"
+             for s in schedule(p, plan.placement).slots]  # fmt: skip
+    return [
+        ("00_jaxpr.txt", str(program.entry.jaxpr)), ("01_graph.txt", "\n".join([str(program), *ops])), ("02_phases.txt", str(phases)),
+        ("03_problem.txt", "\n".join(nodes)), ("04_flows.txt", "\n".join(flows)), ("05_placement.txt", "\n".join(placed)),
+        ("06_timeline.txt", "\n".join(slots)), ("07_stages.txt", str(plan.stages)),
+        ("08_estimate.json", json.dumps({k: v for k, v in dataclasses.asdict(plan.estimate).items() if not k.startswith("link_")}, indent=1)),
+    ]  # fmt: skip
