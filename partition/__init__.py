@@ -10,13 +10,13 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "Cluster": "hardware", "Estimate": "problem", "ExitCode": "errors", "PartitionError": "errors", "Phase": "phases", "Placement": "problem",
+    "Cluster": "hardware", "Estimate": "evaluation", "ExitCode": "errors", "PartitionError": "errors", "Phase": "phases", "Placement": "problem",
     "Plan": "pipeline", "Problem": "problem", "Program": "program", "Stages": "stages", "Timeline": "timeline", "Verdict": "equivalence",
     "Work": "work", "check": "equivalence", "cluster": "profiles", "compare": "bench", "cut": "stages", "device": "profiles",
-    "evaluate": "problem", "explain": "explanation", "host_devices": "program", "lower_bound": "bounds", "model": "pipeline", "place": "pipeline",
+    "evaluate": "evaluation", "explain": "explanation", "host_devices": "program", "lower_bound": "bounds", "model": "pipeline", "place": "pipeline",
     "plan": "pipeline", "policy": "pipeline", "pose": "problem", "prepare": "execution", "report": "reporting:html", "rule": "work",
     "run": "execution", "schedule": "timeline", "tag": "phases", "trace": "program", "transfers": "dispatch", "uncut": "execution",
-    "verify": "problem",
+    "verify": "evaluation",
 }  # fmt: skip
 
 __all__ = sorted(_WHERE)

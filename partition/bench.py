@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 
 from partition.bounds import lower_bound
 from partition.errors import PartitionError
+from partition.evaluation import Estimate, evaluate
 from partition.pipeline import place, policy
 from partition.policies import Policy
-from partition.problem import Estimate, Problem, evaluate
+from partition.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

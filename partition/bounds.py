@@ -9,7 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from partition.problem import Problem, groups
+from partition.evaluation import groups
+from partition.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

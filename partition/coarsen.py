@@ -9,10 +9,11 @@ block an iteration, so that it can be cut by layer ranges.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from partition.graph import Graph, Op, Role, Span, Tensor, bodies
+from partition.graph import Op, Role, Span, Tensor, bodies
 from partition.phases import CONTRACTIONS, Phase, Phases, is_weight
 
 Region = Literal["top", "cond", "body"]
@@ -203,7 +204,7 @@ def valleys(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[list[Op]]:
     pieces: list[list[Op]] = []
     pending: list[Op] = []
     bounds = [0, *(c + 1 for c in cuts), len(ops)]
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         pending += ops[a:b]
         if any(has_contraction(op) for op in ops[a:b]):
             pieces.append(pending)
@@ -242,14 +243,3 @@ def by_block(blocks: Iterable[Block], value: Callable[[Op], float]) -> list[floa
             total += value(op) * share
         sums.append(total)
     return sums
-
-
-def region_graph(phases: Phases, region: Region) -> Graph:
-    """The graph that a region's ops stand in."""
-    loop = phases.token_loop
-    if region == "top" or loop is None or loop.loop is None:
-        return phases.program.graph
-    if region == "cond":
-        assert loop.loop.cond is not None
-        return loop.loop.cond
-    return loop.loop.body

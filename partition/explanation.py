@@ -11,9 +11,10 @@ import dataclasses
 import numpy as np
 
 from partition.errors import InfeasibleError, PlacementError
+from partition.evaluation import Estimate, evaluate
 from partition.policies import phase_split, single
 from partition.policies._layers import of_kind
-from partition.problem import Estimate, Placement, Problem, evaluate
+from partition.problem import Placement, Problem
 from partition.units import dollars, rate, seconds
 
 

@@ -25,11 +25,12 @@ import numpy as np
 from partition import profiles
 from partition.bounds import Bound, lower_bound
 from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError
+from partition.evaluation import Estimate, evaluate, verify
 from partition.flow import Flow, Resident
 from partition.hardware import Cluster
 from partition.phases import Phase
 from partition.policies import POLICIES, Policy
-from partition.problem import Estimate, Placement, Problem, evaluate, verify
+from partition.problem import Placement, Problem
 from partition.workload import Workload
 
 if TYPE_CHECKING:

@@ -160,7 +160,7 @@ def _read(path: Path, table: Table) -> Any:
         lines.sort()
         faults = "\n         ".join(f"{path.name}:{line}: {field}: {reason}" for line, field, reason in lines)
         raise ProfileError(f"the profile {path.name} has {len(lines)} fault{'s'[:len(lines) != 1]}", where=faults,
-                           mend=f"correct {path} at the lines named; docs: device_profiles/README.md")  # fmt: skip
+                           mend=f"correct {path} at the lines named; docs: device_profiles/README.md") from None  # fmt: skip
 
 
 def _package() -> Path:

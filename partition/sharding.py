@@ -73,8 +73,6 @@ class _Pass:
             self.makers.update(dict.fromkeys(op.outputs, op.primitive))
         self.view: dict[int, tuple[int, ...]] = {}  # weight-derived tensor -> the root's dimension of each of its own
 
-    # weights ------------------------------------------------------------------------------------------------------
-
     def dims(self, t: int) -> tuple[int, ...]:
         """Which dimension of its root each dimension of a weight is (a slice of a stacked weight lacks the first)."""
         if t in self.view:
@@ -106,8 +104,6 @@ class _Pass:
             return self.dims(t).index(settled[0]), settled[1]
         return self.split.get(t)
 
-    # results ------------------------------------------------------------------------------------------------------
-
     def charge(self, op: Op, kind: str, nbytes: float, ways: int) -> None:
         self.comm[op.id] = (*self.comm.get(op.id, ()), (kind, nbytes, ways))
 
@@ -125,8 +121,6 @@ class _Pass:
             else:
                 self.split.pop(t, None)
         self.ways[op.id] = max(self.ways.get(op.id, 1), split[1] if split else 1)
-
-    # walk ---------------------------------------------------------------------------------------------------------
 
     def level(self, graph: Graph) -> None:
         for op in graph.ops:

@@ -17,10 +17,12 @@ from typing import Any
 from partition import _jax
 from partition.coarsen import Block
 from partition.errors import PlacementError
+from partition.evaluation import verify
 from partition.graph import Item, Op, Role, Value, reads, writes
 from partition.phases import Phases
-from partition.problem import Placement, Problem, verify
+from partition.problem import Placement, Problem
 from partition.program import Program
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:

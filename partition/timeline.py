@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from partition.problem import Estimate, Placement, Problem, Slot, evaluate
+from partition.evaluation import Estimate, Slot, evaluate
+from partition.problem import Placement, Problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,11 @@ from models import checkpoint, llama
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 STEPS = 32
 SIZES = dict(vocab_size=199, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
@@ -94,7 +98,7 @@ def test_smollm2_writes_the_tokens_of_transformers():
             shape = tuple(weight.shape)
             linear = len(shape) == 2 and "embed" not in name
             values = make(name, shape[::-1] if linear else shape)
-            weight.copy_(torch.from_numpy(np.ascontiguousarray(values.T if linear else values)))
+            weight.copy_(torch.from_numpy(np.array(values.T if linear else values)))
     tokenizer = checkpoint.gguf_tokenizer(checkpoint.open_gguf(SMOL))
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids = np.array([tokenizer.encode(text).ids], np.int32)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import networkx as nx
 import pytest
 from jax import lax
 
@@ -69,8 +70,9 @@ def test_phases_of_llama(form: Form) -> None:
     named = [o for o in before if o.scope.split("/")[0].split(".")[0] in ("embed", "layers", "head")]
     assert matmuls(named) == matmuls(before) == (LAYERS * MATMULS if unrolled else MATMULS) + 1
     assert {phases.of[o.id] for op in named for o in (op, *inside(op))} == {Phase.PREFILL}
-    assert {phases.of[o.id] for o in after} <= {Phase.NONE}  # putting tokens together reads no weights
-    assert bool(after) == scan
+    follows = nx.descendants(program.graph.nx, loop.id)  # putting the tokens together: no weights, so no phase
+    assert {o.id: phases.of[o.id] for o in after} == {o.id: Phase.NONE if o.id in follows else Phase.PREFILL for o in after}
+    assert bool(follows) == scan
     assert phases.of.keys() == {o.id for o in program.graph.walk()}
     assert phases.batch == 1
 
@@ -95,8 +97,6 @@ def test_handoff_is_the_cache_and_small_values(form: Form) -> None:
 
 
 def test_a_phase_is_a_graph_without_cycles_or_outsiders() -> None:
-    import networkx as nx
-
     program, phases = tagged("unrolled", "scan", False, False)
     for phase in ("prefill", "decode"):
         g = phases.nx(phase)
@@ -141,20 +141,42 @@ def test_batch_of_logits_in_the_carry() -> None:
     assert tag(trace(carried_logits, TABLE, struct(2, dtype=jnp.int32))).batch == 2
 
 
-def test_weights_that_both_phases_prepare_are_both_and_heads_after_the_loop_are_decode() -> None:
-    def fn(table: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ready = jnp.exp(table)  # read before and inside the loop
-        late = jnp.sin(table)  # read inside alone
+HEADED = {"table": TABLE, "head": struct(8, 16)}
+
+
+def test_weights_that_both_phases_prepare_are_both() -> None:
+    def fn(table: jax.Array, token: jax.Array) -> jax.Array:
+        ready, late = jnp.exp(table), jnp.sin(table)  # read before and inside the loop; inside alone
         first = next_token(ready, token)
-        last, every = lax.scan(lambda t, _: (next_token(ready, t) + next_token(late, t),) * 2, first, None, length=4)
-        return jnp.cos(table[last]), every + 1
+        return lax.scan(lambda t, _: (next_token(ready, t) + next_token(late, t),) * 2, first, None, length=4)[1]
 
     program = trace(fn, TABLE, struct(dtype=jnp.int32))
     phases = tag(program)
     of = {o.primitive: phases.of[o.id] for o in program.graph.ops}
-    assert (of["exp"], of["sin"], of["dot_general"]) == (Phase.BOTH, Phase.DECODE, Phase.PREFILL)
-    assert of["cos"] is Phase.DECODE  # follows the loop, reads weights
-    assert phases.of[program.graph.producer[program.graph.outputs[1]].id] is Phase.NONE  # every + 1
+    assert (of["exp"], of["sin"], of["argmax"]) == (Phase.BOTH, Phase.DECODE, Phase.PREFILL)
+
+
+def test_what_follows_the_loop_is_decode_while_weights_are_still_read() -> None:
+    def fn(w: dict[str, jax.Array], token: jax.Array) -> jax.Array:
+        last = tokens(w["table"], token, 4)[0]
+        return jnp.sin(jnp.cos(w["table"][last]) @ w["head"])
+
+    program = trace(fn, HEADED, struct(dtype=jnp.int32))
+    phases = tag(program)
+    of = {o.primitive: phases.of[o.id] for o in program.graph.ops}
+    assert (of["cos"], of["dot_general"], of["sin"]) == (Phase.DECODE, Phase.DECODE, Phase.NONE)
+
+
+@pytest.mark.xfail(strict=True, reason="phases.tag knows the weights of late ops as they are passed alone: w.T or w.astype(...) after the loop is no weight")
+@pytest.mark.parametrize("ready", [lambda w: w.astype(jnp.bfloat16), lambda w: w.reshape(16, 8).T], ids=["cast", "reshape"])
+def test_what_follows_the_loop_is_decode_while_weights_in_another_form_are_read(ready: Any) -> None:
+    def fn(w: dict[str, jax.Array], token: jax.Array) -> jax.Array:
+        last = tokens(w["table"], token, 4)[0]
+        return jnp.dot(last * jnp.ones(8, ready(w["head"]).dtype), ready(w["head"]))
+
+    program = trace(fn, HEADED, struct(dtype=jnp.int32))
+    phases = tag(program)
+    assert {o.primitive: phases.of[o.id] for o in program.graph.ops}["dot_general"] is Phase.DECODE
 
 
 def test_two_token_loops_are_refused_and_a_hint_decides() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from partition.problem import Problem
 
+
 class Room:
     """Bytes held on each mesh: every resident once a mesh, and the largest activation."""
 

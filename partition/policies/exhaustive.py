@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 from partition.errors import InfeasibleError, PlacementError
+from partition.evaluation import evaluate, verify
 from partition.phases import Phase
-from partition.problem import Placement, Problem, evaluate, verify
+from partition.problem import Placement, Problem
 
 LIMIT = 100_000
 

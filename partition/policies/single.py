@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from partition.errors import InfeasibleError
+from partition.evaluation import evaluate, verify
 from partition.policies._layers import of_kind, together
-from partition.problem import Placement, Problem, evaluate, verify
+from partition.problem import Placement, Problem
 
 
 def single(problem: Problem, *, kind: str | None = None) -> Placement:

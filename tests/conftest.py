@@ -1,0 +1,34 @@
+"""Programs, problems and runs that many tests share."""
+
+import functools
+from typing import Any
+
+from models import llama
+from partition import pipeline, profiles
+from partition.phases import Phases, tag
+from partition.problem import Problem, pose
+from partition.program import host_devices, trace
+
+host_devices(32)
+
+
+@functools.cache
+def tagged(name: str = "tiny", **options: Any) -> tuple[Phases, tuple[Any, ...]]:
+    """A traced and tagged Llama request and its arguments."""
+    options = {"prompt": 12, "new_tokens": 6, "seed": 0} | options
+    fn, args = llama.generation(name, **options)
+    return tag(trace(fn, *args)), args
+
+
+def posed(cluster: str = "trn2_efa_cs3", objective: str = "e2e", level: Any = "block", **options: Any) -> tuple[Problem, tuple[Any, ...]]:
+    """The problem of a small request on a cluster."""
+    phases, args = tagged(**options)
+    return pose(phases, profiles.cluster(cluster), objective=objective, level=level), args
+
+
+def alternating(problem: Problem) -> Any:
+    """The absurd policy: every node on another mesh than the one before."""
+    return problem.placement([n % len(problem.meshes) for n in range(len(problem))])
+
+
+POLICIES = {**{n: pipeline.policy(n) for n in ("single", "phase_split", "heft", "random")}, "alternating": alternating}

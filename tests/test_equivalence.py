@@ -1,0 +1,135 @@
+"""The cut program is the uncut one, for every policy and form; and a planted fault is found and named."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import POLICIES, posed, tagged
+
+from partition import profiles
+from partition.equivalence import check, compare, ulps
+from partition.errors import EquivalenceError, ExecutionError
+from partition.execution import Runner, prepare, run, uncut
+from partition.phases import tag
+from partition.problem import pose
+from partition.program import trace
+from partition.stages import cut
+
+
+@pytest.mark.parametrize(("cluster", "policy", "options"), [
+    ("trn2_efa_cs3", "phase_split", {"logits": True}),
+    ("trn2_efa_4cs3", "alternating", {"logits": True, "sample": True}),
+    ("trn2_efa_4cs3", "alternating", {"loop": "while", "eos": 5}),
+    ("trn2_efa_4cs3", "alternating", {"layers": "scanned", "logits": True}),
+    ("trn2_efa_4cs3", "random", {"layers": "scanned", "loop": "while", "sample": True}),
+    ("cs3_only", "phase_split", {"dtype": "bfloat16"}),
+], ids=str)  # fmt: skip
+def test_cut_equals_uncut_and_bytes_are_as_planned(cluster: str, policy: str, options: dict[str, object]) -> None:
+    problem, args = posed(cluster, **options)
+    placement = POLICIES[policy](problem)
+    stages = cut(problem.phases.program, placement)  # type: ignore[union-attr]
+    runner = prepare(stages)
+    verdict = check(stages, *args, runner=runner)
+    assert verdict.equal and verdict.culprit is None and verdict.boundaries
+    tokens = np.asarray(jax.tree_util.tree_leaves(uncut(stages.program)(*args))[0])
+    out, record = runner.run(runner.load(*args))
+    assert np.array_equal(np.asarray(jax.tree_util.tree_leaves(out)[0]), tokens)
+    from partition.evaluation import evaluate
+
+    moved: dict[tuple[int, int], int] = {}
+    for m in record.moved:
+        moved[m.src, m.dst] = moved.get((m.src, m.dst), 0) + m.nbytes
+    assert moved == evaluate(problem, placement).link_bytes
+
+
+def test_layer_cuts_on_equal_devices_are_bit_equal_in_float32_and_bfloat16() -> None:
+    from models import llama
+
+    cluster = profiles.cluster("trn2_efa_4cs3")
+    cluster = dataclasses.replace(cluster, meshes=tuple(dataclasses.replace(m, stand_in=1) for m in cluster.meshes))
+    for dtype in ("float32", "bfloat16"):
+        fn, args = llama.generation("tiny", prompt=12, new_tokens=6, seed=0, logits=True, dtype=dtype)
+        problem = pose(tag(trace(fn, *args)), cluster)
+        layer = [next((int(part[7:8]) for part in name.split("/") if part.startswith("layers.")), 2) for name in problem.names]
+        mesh = [0 if str(p) == "prefill" else 1 + x for p, x in zip(problem.phase, layer, strict=True)]
+        stages = cut(problem.phases.program, problem.placement(mesh))  # type: ignore[union-attr]
+        assert check(stages, *args).bitwise, dtype
+
+
+def small_function(x, w):  # type: ignore[no-untyped-def]
+    h = jnp.tanh(x @ w)
+    with jax.named_scope("second"):
+        y = jnp.sin(h) + 1.0
+    return y @ w
+
+
+def test_a_program_without_a_token_loop_runs_and_a_planted_fault_is_named() -> None:
+    w, x = np.eye(8, dtype=np.float32) * 2, np.arange(16, dtype=np.float32).reshape(2, 8) / 16
+    program = trace(small_function, x, w, weights=(1,))
+    problem = pose(tag(program), profiles.cluster("cs3_only"), level="op")
+    stages = cut(program, POLICIES["alternating"](problem))
+    assert check(stages, x, w).equal
+    victim = next(s for s in stages.all for op, _ in s.items if op.primitive == "sin")
+    wrong = next(s for s in stages.all for op, _ in s.items if op.primitive == "tanh")
+    mutated = dataclasses.replace(victim, jaxpr=wrong.jaxpr)  # tanh where sin should be
+    broken = dataclasses.replace(stages, steps=tuple(mutated if s is victim else s for s in stages.steps))
+    with pytest.raises(EquivalenceError, match="second") as error:
+        check(broken, x, w)
+    assert "(sin)" in error.value.where and "test_equivalence.py" in error.value.where
+    assert not error.value.verdict.equal  # type: ignore[attr-defined]
+
+
+def test_a_stale_value_is_named_as_arriving_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, args = posed("trn2_efa_cs3", logits=True)
+    stages = cut(problem.phases.program, POLICIES["phase_split"](problem))  # type: ignore[union-attr]
+    from partition import execution
+
+    good = execution._Computer.move
+
+    def stale(self, array, value, src, dst):  # type: ignore[no-untyped-def]
+        moved = good(self, array, value, src, dst)
+        return moved * 0 if moved.ndim == 4 else moved
+
+    monkeypatch.setattr(execution._Computer, "move", stale)
+    with pytest.raises(EquivalenceError, match="arrives wrong"):
+        check(stages, *args)
+
+
+def test_comparison_sees_nan_infinity_shape_and_one_ulp() -> None:
+    a = np.array([1.0, np.nan, np.inf, 0.0], np.float32)
+    assert compare("x", a, a.copy()).bitwise
+    for bad in ([1.0, 1.0, np.inf, 0.0], [1.0, np.nan, -np.inf, 0.0], [1.0, np.nan, np.nan, 0.0]):
+        d = compare("x", a, np.array(bad, np.float32))
+        assert not d.equal and d.invalid == 1
+    assert not compare("x", np.full((32, 256), 1.0, np.float32), np.full((32, 256), np.nan, np.float32)).equal
+    up = np.nextafter(np.float32(1), np.float32(2))
+    d = compare("x", np.array([1.0], np.float32), np.array([up]))
+    assert d.max_ulp == 1 and d.equal and not d.bitwise
+    assert ulps(np.array([-0.0], np.float32), np.array([0.0], np.float32)).tolist() == [0]
+    assert ulps(np.array([1.0], jnp.bfloat16), np.array([1.0078125], jnp.bfloat16)).tolist() == [1]
+    assert not compare("x", a, a.astype(np.float64)).equal
+    assert not compare("x", np.array([1, 2]), np.array([1, 3])).equal
+
+
+def test_arguments_that_do_not_match_are_refused() -> None:
+    problem, args = posed()
+    stages = cut(problem.phases.program, POLICIES["single"](problem))  # type: ignore[union-attr]
+    with pytest.raises(ExecutionError, match="structure"):
+        run(stages, args[0])
+    with pytest.raises(ExecutionError, match="the trace has int32"):
+        run(stages, args[0], np.zeros((1, 99), np.int32))
+    _phases, shapes = tagged(seed=None)
+    with pytest.raises(ExecutionError, match="without numbers"):
+        run(stages, *shapes)
+
+
+def test_too_few_host_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _ = posed("trn2_efa_cs3")
+    stages = cut(problem.phases.program, POLICIES["phase_split"](problem))  # type: ignore[union-attr]
+    only = jax.devices("cpu")[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: only)
+    with pytest.raises(ExecutionError, match="need 3 CPU host devices, JAX shows 2") as error:
+        Runner(stages)
+    assert "host_devices(3)" in error.value.mend

@@ -1,0 +1,93 @@
+"""The house rules that a machine can check: imports run down the floors, JAX enters through its doors, files stay short."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "partition"
+
+FLOORS = {
+    "errors": 0, "units": 0, "tables": 0,
+    "hardware": 1, "graph": 1, "workload": 1,
+    "profiles": 2, "_jax": 2, "work": 2, "collectives": 2, "catalogue": 2,
+    "program": 3, "phases": 3, "rules": 3, "sharding": 3,
+    "costs": 4, "coarsen": 4, "flow": 5,
+    "problem": 6, "evaluation": 7, "bounds": 8, "timeline": 8, "stages": 8, "dispatch": 9,
+    "policies": 9, "execution": 10, "pipeline": 11, "equivalence": 12, "bench": 12, "explanation": 12, "reporting": 13,
+    "demo": 14, "__init__": 14, "cli": 15, "__main__": 16,
+}  # fmt: skip
+"""Floor of every spine file; an import at module level goes strictly down (rooms may import their own)."""
+
+DOORS = {"_jax", "program", "execution", "equivalence"}
+"""Files that may import jax at module level."""
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def top_imports(path: Path) -> set[str]:
+    """Modules imported when the file is imported (not inside functions or under TYPE_CHECKING)."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "partition":
+                found |= {f"partition.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return found
+
+
+def test_every_file_has_a_floor() -> None:
+    assert {room(p) for p in modules()} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_down(path: Path) -> None:
+    here = room(path)
+    for name in top_imports(path):
+        parts = name.split(".")
+        if parts[0] == "partition" and len(parts) > 1 and parts[1] != here:
+            assert FLOORS[parts[1]] < FLOORS[here], f"{here} imports {parts[1]}"
+        assert parts[0] not in ("models", "device_profiles"), f"{here} imports {name}"
+        if parts[0] == "jax":
+            assert here in DOORS, f"{here} imports jax"
+
+
+def test_private_jax_is_never_used_and_jax_extend_in_one_file() -> None:
+    for path in [*modules(), *(ROOT / "models").glob("*.py")]:
+        text = path.read_text()
+        assert "jax._src" not in text, path
+        assert path.name == "_jax.py" or "jax.extend" not in text.replace("`jax.extend`", ""), path
+
+
+@pytest.mark.parametrize("path", [*modules(), *sorted((ROOT / "models").glob("*.py"))], ids=lambda p: p.name)
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_public_names_are_sorted_exist_and_load() -> None:
+    import partition
+
+    assert partition.__all__ == sorted(partition.__all__)
+    for name in partition.__all__:
+        assert callable(getattr(partition, name)), name
+    assert set(dir(partition)) == set(partition.__all__)
+    with pytest.raises(AttributeError):
+        _ = partition.no_such_thing
+
+
+@pytest.mark.parametrize("verb", ["devices", "policies", "--help"])
+def test_verbs_that_need_no_jax_do_not_import_it(verb: str) -> None:
+    code = f"import sys; sys.argv = ['partition', {verb!r}]\nfrom partition.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code\nassert 'jax' not in sys.modules and 'networkx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

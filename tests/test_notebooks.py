@@ -1,0 +1,34 @@
+"""Every notebook runs from top to bottom, is stored without results, and ends in a picture."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_without_results(path):
+    book = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(book)
+    assert book.nbformat == 4
+    for cell in book.cells:
+        assert not cell.get("outputs"), f"a stored output in: {cell.source[:60]}"
+        assert cell.get("execution_count") is None, f"a stored execution count in: {cell.source[:60]}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_runs(path):
+    book = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(book, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    outputs = [o for cell in book.cells for o in cell.get("outputs", [])]
+    said = [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]
+    assert not said, f"a cell wrote to stderr: {said[0][:300]}"
+    last = book.cells[-1].get("outputs", [])
+    assert any("image/png" in o.get("data", {}) for o in last), "the last cell draws nothing"
