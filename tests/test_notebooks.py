@@ -9,12 +9,12 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_notebooks():
+def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_stored_without_results(path):
+def test_stored_without_results(path: Path) -> None:
     book = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(book)
     assert book.nbformat == 4
@@ -24,7 +24,7 @@ def test_stored_without_results(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs(path):
+def test_runs(path: Path) -> None:
     book = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(book, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [o for cell in book.cells for o in cell.get("outputs", [])]

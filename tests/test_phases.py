@@ -279,6 +279,12 @@ def float_feedback() -> tuple[Any, tuple[Any, ...]]:
     return (lambda w, x: lax.scan(lambda h, _: (jnp.tanh(h @ w), h), x, None, length=4)[1]), (struct(8, 8), struct(8))
 
 
+def quantised_layers() -> tuple[Any, tuple[Any, ...]]:
+    """Layers that hand int8 activations on: integers through contractions, rounded and not chosen."""
+    layer = lambda x, w: (jnp.clip(jnp.round(x.astype(jnp.float32) @ w), -127, 127).astype(jnp.int8), None)  # noqa: E731
+    return (lambda w, x: lax.scan(layer, x, w)[0]), (struct(3, 8, 8), struct(5, 8, dtype=jnp.int8))
+
+
 def until_converged() -> tuple[Any, tuple[Any, ...]]:
     """A fixed point: a comparison ends the loop, and its flag is no token."""
 
@@ -293,7 +299,11 @@ def until_converged() -> tuple[Any, tuple[Any, ...]]:
     return fn, (struct(8, 8), struct(8))
 
 
-@pytest.mark.parametrize("case", [plain, training_step, training_loop, router, chunked_prefill, float_feedback, until_converged])
+QUANTISED = pytest.param(quantised_layers, marks=pytest.mark.xfail(
+    strict=True, reason="phases._discretises takes every op from floats to integers for a choice, a rounding convert_element_type too"))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [plain, training_step, training_loop, router, chunked_prefill, float_feedback, until_converged, QUANTISED])
 def test_not_a_token_loop(case: Any) -> None:
     fn, args = case()
     program = trace(fn, *args)
