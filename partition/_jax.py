@@ -93,7 +93,7 @@ class _Reader:
         return self._consts[id(value)]
 
     def literal(self, atom: Any) -> int:
-        key = (str(atom.val), str(atom.aval))
+        key = (str(np.asarray(atom.val).item() if np.ndim(atom.val) == 0 else atom.val), str(atom.aval))
         if key not in self._literals:
             self._literals[key] = self.tensor(atom.aval, Role.LITERAL, key[0])
             self.values[self._literals[key]] = atom.val

@@ -7,6 +7,7 @@ the link at which the two draw level are computed, since neither is published.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,13 +31,17 @@ class Alternative:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The split against the best single kind. flip_price [$/h of one decode machine] and flip_beta [B/s]: where they draw level, or None."""
+    """The split against the best single kind.
+
+    window: ($/h, $/h) of one decode machine between which the split is the cheapest of all (0 and infinity where open; None: at no
+    price). flip_beta [B/s]: bandwidth at which split and best single kind draw level end to end, None where it does not decide.
+    """
 
     split: Alternative
     best: Alternative
     alternatives: tuple[Alternative, ...]
     decode_kind: str
-    flip_price: float | None
+    window: tuple[float, float] | None
     flip_beta: float | None
     sentence: str
 
@@ -58,19 +63,27 @@ def alternatives(problem: Problem) -> tuple[Alternative, ...]:
     return tuple(found)
 
 
-def flip_price(problem: Problem, split: Estimate, other: Estimate, kind: str) -> float | None:
-    """$/h of one device of `kind` at which both cost the same for a token; None where no price makes them equal."""
-    counts = {m: float(problem.price[m]) for m in range(len(problem.meshes))}
+def price_window(problem: Problem, split: Estimate, others: Sequence[Estimate], kind: str) -> tuple[float, float] | None:
+    """($/h, $/h) of one device of `kind` between which the split costs less for a token than every other; None: at no price.
 
-    def parts(e: Estimate) -> tuple[float, float]:
-        fixed = sum(b * counts[m] for m, b in enumerate(e.busy) if problem.kinds[m] != kind)
+    What a placement costs is a straight line in that price, so each other placement bounds it from one side.
+    """
+
+    def line(e: Estimate) -> tuple[float, float]:
+        fixed = sum(b * float(problem.price[m]) for m, b in enumerate(e.busy) if problem.kinds[m] != kind)
         return fixed, sum(b * _devices(problem, m) for m, b in enumerate(e.busy) if problem.kinds[m] == kind)
 
-    (a1, b1), (a2, b2) = parts(split), parts(other)
-    if b1 == b2:
-        return None
-    price = (a2 - a1) / (b1 - b2)
-    return price * 3600 if price > 0 else None
+    low, high = 0.0, float("inf")
+    fixed, slope = line(split)
+    for other in others:
+        other_fixed, other_slope = line(other)
+        if slope == other_slope:
+            if fixed >= other_fixed:
+                return None
+            continue
+        level = (other_fixed - fixed) / (slope - other_slope) * 3600
+        low, high = (low, min(high, level)) if slope > other_slope else (max(low, level), high)
+    return (low, high) if low < high and high > 0 else None
 
 
 def _devices(problem: Problem, mesh: int) -> int:
@@ -110,29 +123,24 @@ def explain(problem: Problem) -> Answer:
     assert best.estimate is not None
     body = [n for n, r in enumerate(problem.region) if r == "body"]
     kind = problem.kinds[int(split.placement.mesh[body[0]])]
-    price, beta = flip_price(problem, split.estimate, best.estimate, kind), flip_beta(problem, split.placement, best.estimate)
-    sentence = _sentence(problem, split.estimate, best, kind, price, beta)
-    return Answer(split=split, best=best, alternatives=found, decode_kind=kind, flip_price=price, flip_beta=beta, sentence=sentence)
+    window = price_window(problem, split.estimate, [a.estimate for a in singles if a.estimate is not None], kind)
+    beta = flip_beta(problem, split.placement, best.estimate)
+    sentence = _sentence(split.estimate, best, kind, window, beta)
+    return Answer(split=split, best=best, alternatives=found, decode_kind=kind, window=window, flip_beta=beta, sentence=sentence)
 
 
 def _numbers(e: Estimate) -> str:
     return f"TTFT {seconds(e.ttft)}, TPOT {seconds(e.tpot)}, {dollars(e.usd_per_mtok)} per million tokens"
 
 
-def _sentence(problem: Problem, split: Estimate, best: Alternative, kind: str, price: float | None, beta: float | None) -> str:
+def _sentence(split: Estimate, best: Alternative, kind: str, window: tuple[float, float] | None, beta: float | None) -> str:
     assert best.estimate is not None
-    cheaper = split.usd_per_mtok < best.estimate.usd_per_mtok
-    if price is None:
-        money = f"it is {'cheaper' if cheaper else 'dearer'} at any price of a {kind}"
+    if window is None:
+        money = f"it is the cheapest at no price of a {kind}"
     else:
-        below = flip_side(problem, kind, price, cheaper)
-        money = f"it is cheaper {below} {dollars(price)} per {kind}-hour"
+        low, high = window
+        between = f"between {dollars(low)} and {dollars(high)}" if low > 0 and high < float("inf") else f"above {dollars(low)}" if low > 0 else f"below {dollars(high)}"
+        money = f"it is the cheapest {between} per {kind}-hour" if low > 0 or high < float("inf") else f"it is the cheapest at any price of a {kind}"
     wins = split.e2e < best.estimate.e2e
     speed = f"faster end to end above {rate(beta)} between the two" if beta is not None else f"{'faster' if wins else 'slower'} end to end at any bandwidth"
     return f"The announced split gives {_numbers(split)}; the best single kind ({best.name}) {_numbers(best.estimate)}; {money}, and {speed}."
-
-
-def flip_side(problem: Problem, kind: str, price: float, cheaper_now: bool) -> str:
-    """Whether the split is cheaper "below" or "above" the flip price, seen from today's price."""
-    today = max(float(problem.price[m]) / _devices(problem, m) for m in range(len(problem.meshes)) if problem.kinds[m] == kind) * 3600
-    return ("below" if cheaper_now else "above") if today < price else ("above" if cheaper_now else "below")

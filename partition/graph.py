@@ -200,21 +200,44 @@ def roots(graph: Graph) -> dict[int, int]:
 
 
 def trips_of(op: Op, outer: Mapping[int, Any]) -> int | None:
-    """How often a loop op runs at most: a scan's length, or the bound of a while that counts an integer up to a constant.
+    """How often a loop op runs at most: a scan's length, or the bound of a while that counts up to it by one.
 
-    `outer` gives the values of literals and constants by tensor id. None where the structure does not tell.
+    The condition must demand (alone or by `and`) that an integer carry, which the body raises by exactly one, is below a bound that
+    does not change. `outer` gives the values of literals and constants by tensor id. None where the structure does not tell.
     """
     loop = op.loop
     if loop is None or loop.cond is None:
         return None if loop is None else loop.trips
-    given = dict(zip(loop.cond.inputs, op.inputs[: loop.cond_consts] + op.inputs[loop.cond_consts + loop.consts :], strict=True))
-    for test in loop.cond.ops:
-        if test.primitive == "lt" and test.inputs[0] in loop.cond.inputs[loop.cond_consts :]:
-            start = outer.get(given[test.inputs[0]])
-            stop = outer.get(test.inputs[1], outer.get(given.get(test.inputs[1], -1)))
-            if start is not None and stop is not None:
-                return max(0, math.ceil(float(stop) - float(start)))
-    return None
+    cond, body = loop.cond, loop.body
+    counters = cond.inputs[loop.cond_consts :]
+    given = dict(zip(cond.inputs, op.inputs[: loop.cond_consts] + op.inputs[loop.cond_consts + loop.consts :], strict=True))
+    steady = set(cond.inputs[: loop.cond_consts])
+    steady |= {t for t, i, o in zip(counters, body.inputs[loop.consts :], body.outputs, strict=True) if i == o}
+    bounds = []
+    for test in _demanded(cond):
+        if test.primitive != "lt" or test.inputs[0] not in counters:
+            continue
+        n = counters.index(test.inputs[0])
+        step = body.producer.get(body.outputs[n])
+        by_one = step is not None and step.primitive == "add" and {outer.get(t, t) for t in step.inputs} == {body.inputs[loop.consts + n], 1.0}
+        bound = test.inputs[1]
+        stop = outer.get(bound, outer.get(given[bound]) if bound in steady else None)
+        start = outer.get(given[test.inputs[0]])
+        if by_one and start is not None and stop is not None and "int" in cond.tensors[test.inputs[0]].dtype:
+            bounds.append(max(0, math.ceil(float(stop) - float(start))))
+    return min(bounds, default=None)
+
+
+def _demanded(cond: Graph) -> list[Op]:
+    """The tests that a condition demands all of: what its output is, or is the `and` of."""
+    found, queue = [], [cond.outputs[0]]
+    while queue:
+        op = cond.producer.get(queue.pop())
+        if op is not None and op.primitive == "and":
+            queue += op.inputs
+        elif op is not None:
+            found.append(op)
+    return found
 
 
 def to_nx(ops: Sequence[Op], tensors: Sequence[Tensor], **attributes: Any) -> nx.DiGraph:

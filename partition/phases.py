@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,8 @@ _DISCRETISERS = frozenset({"argmax", "argmin", "top_k", "sort", "approx_top_k", 
 
 def _discretises(op: Op, tensors: list[Tensor]) -> bool:
     makes = any(not _floating(tensors[t]) for t in op.outputs)
-    return makes and any(_floating(tensors[t]) for t in op.inputs) and (not bodies(op) or _contains(op, "discretiser"))
+    reads_floats = any(_floating(tensors[t]) for t in op.inputs)
+    return makes and reads_floats and (op.primitive in _DISCRETISERS or _contains(op, "discretiser"))
 
 
 def feedback(body: Graph, slots: range) -> tuple[list[int], list[str]]:
@@ -233,6 +235,8 @@ def tag(program: Program, *, loop: int | None = None) -> Phases:
         elif not dynamic.isdisjoint(op.inputs):
             of[op.id] = Phase.PREFILL
             dynamic.update(op.outputs)
+        elif not weighty.isdisjoint(op.inputs):
+            weighty.update(op.outputs)  # a weight in another form
     reads = set()  # tensors on whose way to an output a weight is still read
     for op in reversed(late):
         decode = not weighty.isdisjoint(op.inputs) or not reads.isdisjoint(op.outputs)
@@ -250,7 +254,8 @@ def _batch(token_loop: Op) -> int:
     loop = token_loop.loop
     assert loop is not None
     slots, _ = feedback(loop.body, range(loop.consts, loop.consts + loop.carry))
-    sizes = [loop.body.tensors[loop.body.inputs[loop.consts + n]].size for n in slots]
+    fed = [loop.body.tensors[loop.body.inputs[loop.consts + n]] for n in slots]
+    sizes = [math.prod(t.shape[:-1]) if _floating(t) else t.size for t in fed]  # of carried logits, all but the vocabulary
     return int(min(sizes)) if sizes else 1
 
 

@@ -154,7 +154,8 @@ def pose(
     graph, weights = phases.program.graph, is_weight(phases.program)
     loop = phases.token_loop
     runs = loop_trips(loop, graph, trips) if loop is not None else 0
-    works = work(graph, weights=weights, trips=trips)
+    on_chip: set[int] = set()
+    works = work(graph, weights=weights, trips=trips, on_chip=on_chip)
     blocks = coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
     priced: dict[tuple[str, int], tuple[Layout, dict[int, Cost]]] = {}
     for m in cluster.meshes:
@@ -172,7 +173,7 @@ def pose(
         seconds=np.array([[c.seconds for c in row] for row in node_costs]).reshape(len(blocks), len(cluster.meshes)),
         times=np.array([runs if b.region != "top" else 1 for b in blocks], np.int64), flows=tuple(flowing), residents=tuple(lying),
         resident=np.array([[_copies(split, r.value) * r.nbytes for split, _ in by_kind] for r in lying]).reshape(len(lying), len(by_kind)),
-        activation=_activations(blocks, phases, weights, [split for split, _ in by_kind]), capacity=np.array([m.capacity for m in cluster.meshes]),
+        activation=_activations(blocks, phases, weights | on_chip, [split for split, _ in by_kind]), capacity=np.array([m.capacity for m in cluster.meshes]),
         alpha=a, beta=b, price=np.array([m.price for m in cluster.meshes]), link_price=money,
         workload=Workload(batch=phases.batch, trips=runs), objective=objective,
         pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), blocks=blocks,
@@ -234,8 +235,8 @@ def _links(cluster: Cluster) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return alpha, beta, money
 
 
-def _activations(blocks: Sequence[Block], phases: Phases, weights: frozenset[int], splits: Sequence[Layout]) -> np.ndarray:
-    """Bytes [n, m] of the largest op of each block: its activations in and out, at their splits."""
+def _activations(blocks: Sequence[Block], phases: Phases, apart: frozenset[int], splits: Sequence[Layout]) -> np.ndarray:
+    """Bytes [n, m] of the largest op of each block: its activations in and out, at their splits, but for those `apart`."""
     tensors = phases.program.graph.tensors
     table = np.zeros((len(blocks), len(splits)))
     columns = {id(s): [m for m, other in enumerate(splits) if other is s] for s in splits}
@@ -243,7 +244,7 @@ def _activations(blocks: Sequence[Block], phases: Phases, weights: frozenset[int
         for n, b in enumerate(blocks):
             most = 0.0
             for op, span in b.items:
-                moving = [t for t in (*op.inputs, *op.outputs) if tensors[t].role is Role.ACTIVATION and t not in weights]
+                moving = [t for t in (*op.inputs, *op.outputs) if tensors[t].role is Role.ACTIVATION and t not in apart]
                 alive = sum(tensors[t].nbytes * s.copies(t) for t in moving)
                 most = max(most, alive if span is None else alive / 2)
             table[n, columns[id(s)]] = most

@@ -7,7 +7,6 @@ itself first.
 
 from __future__ import annotations
 
-import functools
 import importlib.resources
 import tomllib
 from pathlib import Path
@@ -167,7 +166,6 @@ def _package() -> Path:
     return Path(str(importlib.resources.files("device_profiles")))
 
 
-@functools.cache
 def _index(folder: Path) -> dict[str, dict[str, Path]]:
     """Table -> name -> file, for every profile of a folder."""
     index: dict[str, dict[str, Path]] = {table: {} for table in _TABLES}
@@ -216,22 +214,29 @@ def cluster(name: str) -> Cluster:
     raw, beside = _read(path, "cluster"), path.parent
     members: dict[str, list[str]] = {}
     meshes: list[Mesh] = []
-    for m in raw.meshes:
+    text = path.read_text()
+    for i, m in enumerate(raw.meshes):
+        where = f"{path}:{_line(text, ('cluster', 'meshes', i))}: cluster.meshes.{i}"
+        if m.name in members:
+            raise ProfileError(f"two meshes are called {m.name!r}", where=where, mend="give each mesh a name of its own, or use copies = <n>")
         members[m.name] = [m.name] if m.copies == 1 else [f"{m.name}.{i}" for i in range(m.copies)]
         fabric = link(m.fabric, beside) if m.fabric else None
         if m.count > 1 and fabric is None:
-            raise ProfileError(f"mesh {m.name!r} joins {m.count} devices by no fabric", where=f"{path}: cluster.meshes",
+            raise ProfileError(f"mesh {m.name!r} joins {m.count} devices by no fabric", where=where,
                                mend="name the link inside the mesh: fabric = \"...\"")  # fmt: skip
-        made = device(m.device, beside)
+        try:
+            made = device(m.device, beside)
+        except NameUnknownError as error:
+            raise ProfileError(error.what, where=f"{where}.device", mend=error.mend) from None
         meshes += [Mesh(name=n, device=made, count=m.count, stand_in=m.stand_in, fabric=fabric) for n in members[m.name]]
     edges: dict[tuple[str, str], Edge] = {}
-    for e in raw.links:
+    for i, e in enumerate(raw.links):
         if unknown := [m for m in e.between if m not in members]:
-            raise ProfileError(f"a link joins {unknown[0]!r}, which is no mesh of this cluster", where=f"{path}: cluster.links",
+            raise ProfileError(f"a link joins {unknown[0]!r}, which is no mesh of this cluster", where=f"{path}:{_line(text, ('cluster', 'links', i))}: cluster.links.{i}.between",
                                mend=f"use the names under [[cluster.meshes]]: {', '.join(members)}")  # fmt: skip
         made_link = link(e.link, beside)
         a, b = (members[m] for m in e.between)
-        pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if x != y and (not e.chain or abs(i - j) == 1)]
+        pairs = [(x, y) for k, x in enumerate(a) for j, y in enumerate(b) if x != y and (not e.chain or abs(k - j) == 1)]
         for x, y in pairs:
             edges[x, y] = Edge(src=x, dst=y, link=made_link, ingest=e.ingest)
             edges[y, x] = Edge(src=y, dst=x, link=made_link, ingest=e.ingest)

@@ -5,8 +5,11 @@ The jaxpr is what JAX itself would compile; the graph is the planner's view of i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -117,8 +120,8 @@ def trace(fn: Callable[..., Any], *args: Any, weights: Collection[int] = (0,), n
     roles = [
         (Role.PARAM if path[0].idx in weights else Role.INPUT, _leaf_name(path, path[0].idx)) for path, _ in leaves
     ]  # fmt: skip
-    if ordered := [e for e in _jax.body_of(jaxpr).effects if "Ordered" in type(e).__name__ or "Debug" in type(e).__name__]:
-        raise TraceError(f"{name} has side effects that no stage can carry: {', '.join(map(str, ordered))}",
+    if effects := sorted(map(str, _jax.body_of(jaxpr).effects)):
+        raise TraceError(f"{name} has side effects that no stage can carry: {', '.join(effects)}",
                          where=name, mend="remove debug prints, callbacks and ordered effects before planning")  # fmt: skip
     lowered = _jax.read(jaxpr, roles)
     entry = Entry(
@@ -131,6 +134,7 @@ def trace(fn: Callable[..., Any], *args: Any, weights: Collection[int] = (0,), n
 def _user_line(error: BaseException) -> str:
     """The last line of the traceback that is neither JAX's nor this package's."""
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if not any(part in f.filename for part in ("/jax/", "/flax/", "/partition/program.py", "contextlib"))]
+    foreign = tuple(os.path.dirname(m.__file__ or "") for m in (sys.modules.get(n) for n in ("jax", "flax", "contextlib")) if m)[:2]
+    outside = [f for f in frames if not f.filename.startswith(foreign) and f.filename not in (__file__, contextlib.__file__)]
     last = (outside or frames)[-1]
     return f"{last.filename}:{last.lineno} ({last.name}): {last.line}"

@@ -74,11 +74,13 @@ def stage_table(plan: Plan, most: int = 30) -> str:
 def link_table(plan: Plan) -> str:
     """Links with bytes, time, and what of the hand-off prefill hides."""
     p, e = plan.problem, plan.estimate
-    hidden = f"all but {seconds(e.exposed)}"
     handoff = {(int(plan.placement.mesh[f.src]), int(plan.placement.mesh[d])) for f in p.flows if f.kind == "handoff" for d in f.dst}
     lines = [(f"{p.meshes[a]} -> {p.meshes[b]}", size(n), seconds(e.link_busy[a, b]), rate(float(p.beta[a, b])),
-              hidden if (a, b) in handoff else "nothing") for (a, b), n in sorted(e.link_bytes.items())]  # fmt: skip
-    return table("Links (a request)", ("link", "bytes", "time", "bandwidth", "overlapped with prefill"), lines) if lines else "Links: nothing crosses"
+              "hand-off, as layers finish" if (a, b) in handoff else "no") for (a, b), n in sorted(e.link_bytes.items())]  # fmt: skip
+    if not lines:
+        return "Links: nothing crosses"
+    shown = table("Links (a request)", ("link", "bytes", "time", "bandwidth", "overlapped with prefill"), lines)
+    return shown + (f"\nprefill hides all of the hand-off but {seconds(e.exposed)}" if handoff & set(e.link_bytes) else "")
 
 
 def memory_table(plan: Plan) -> str:

@@ -390,6 +390,6 @@ def _take(p: _Pass, op: Op) -> None:
 _HANDLERS: dict[str, Any] = {
     "dot_general": _dot, "reshape": _reshape, "transpose": _transpose, "broadcast_in_dim": _broadcast, "squeeze": _squeeze,
     "gather": _take, "concatenate": _along("dimension"), "split": _along("axis"), "sort": _along("dimension"),
-    "cumsum": _along("axis"), "cumprod": _along("axis"), "cummax": _along("axis"), "top_k": _along("operand_axis"),
+    "cumsum": _along("axis"), "cumprod": _along("axis"), "cummax": _along("axis"), "top_k": _along("axis"),
 } | dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"), _reduce) \
   | dict.fromkeys(("slice", "dynamic_slice", "dynamic_update_slice", "pad"), _window)  # fmt: skip

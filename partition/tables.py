@@ -18,6 +18,6 @@ def table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> 
         made.add_column(name, justify="left" if i == 0 or words else "right", no_wrap=not words)
     for line in lines:
         made.add_row(*line)
-    out = Console(file=io.StringIO(), width=140, color_system=None)
+    out = Console(file=io.StringIO(), width=140, color_system=None, force_jupyter=False)
     out.print(made)
     return "\n".join(line.rstrip() for line in out.file.getvalue().splitlines() if line.strip())  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ def parse(text: str, dimension: str) -> float:
     """
     units = UNITS[dimension]
     match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
-    example = next(u for u in units if units[u] != 1.0 or len(units) == 1)
+    example = {"compute": "TFLOP/s", "bytes": "GiB", "bandwidth": "GB/s"}.get(dimension) or next(u for u in units if units[u] != 1.0 or len(units) == 1)
     if match is None:
         raise ValueError(f"expected a {dimension} such as '3 {example}', got {text!r}")
     number, unit = match.groups()

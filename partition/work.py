@@ -71,16 +71,19 @@ def rule(*primitives: str, fused: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-def work(graph: Graph, *, weights: frozenset[int] = frozenset(), trips: int | None = None) -> dict[int, Work]:
+def work(
+    graph: Graph, *, weights: frozenset[int] = frozenset(), trips: int | None = None, on_chip: set[int] | None = None
+) -> dict[int, Work]:
     """Work of every op of this level and of every body, by op id, for ONE run of its own level; a loop op counts its trips.
 
     weights: tensor ids that are weights (their contractions are never tiled away). trips: for loops whose structure does not tell.
+    on_chip: is filled with the tensors that a tiled attention never writes to memory.
     Raises WorkError for a primitive without rule and for a loop of unknown trips.
     """
     import partition.rules  # noqa: F401  (the rules register themselves)
 
     found: dict[int, Work] = {}
-    _level(graph, weights, trips, _literals(graph), found)
+    _level(graph, weights, trips, set() if on_chip is None else on_chip, found)
     return found
 
 
@@ -105,15 +108,15 @@ def loop_trips(op: Op, graph: Graph, stated: int | None = None) -> int:
     return known
 
 
-def _level(graph: Graph, weights: frozenset[int], trips: int | None, literals: Mapping[int, float], found: dict[int, Work]) -> Work:
-    tensors, on_chip, total = graph.tensors, set[int](), Work()
+def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: set[int], found: dict[int, Work]) -> Work:
+    tensors, total = graph.tensors, Work()
     memo: dict[Any, Work] = {}
     for op in graph.ops:
         if op.loop is not None:
-            inside = [_level(b, weights, trips, literals, found) for b in bodies(op)]
+            inside = [_level(b, weights, trips, on_chip, found) for b in bodies(op)]
             cost = sum(inside, Work()) * loop_trips(op, graph, trips)
         elif op.bodies:
-            branches = [_level(b, weights, trips, literals, found) for b in op.bodies]
+            branches = [_level(b, weights, trips, on_chip, found) for b in op.bodies]
             cost = max(branches, key=lambda w: (w.bytes, w.total_flops))  # a cond runs one branch: the dearest
         else:
             ins, outs = [tensors[t] for t in op.inputs], [tensors[t] for t in op.outputs]
@@ -147,7 +150,7 @@ def _tiled(op: Op, cost: Work, tensors: Sequence[Tensor], weights: frozenset[int
         if not on_chip.isdisjoint(op.inputs):
             on_chip.update(op.outputs)
         return cost
-    held = sum(tensors[t].nbytes for t in op.inputs if t in on_chip)
+    held = sum(tensors[t].nbytes for t in op.inputs if t in on_chip) if op.primitive == "dot_general" else 0.0
     kept = 0.0
     if op.primitive == "dot_general" and weights.isdisjoint(op.inputs):
         out = tensors[op.outputs[0]]

@@ -136,7 +136,6 @@ def test_logits_in_the_carry_are_feedback_too() -> None:
     assert [(c.kind, c.nbytes) for c in phases.handoff] == [("value", 16 * 4)]
 
 
-@pytest.mark.xfail(strict=True, reason="phases._batch takes the size of a slot of logits [batch, vocab] for the batch")
 def test_batch_of_logits_in_the_carry() -> None:
     assert tag(trace(carried_logits, TABLE, struct(2, dtype=jnp.int32))).batch == 2
 
@@ -167,7 +166,6 @@ def test_what_follows_the_loop_is_decode_while_weights_are_still_read() -> None:
     assert (of["cos"], of["dot_general"], of["sin"]) == (Phase.DECODE, Phase.DECODE, Phase.NONE)
 
 
-@pytest.mark.xfail(strict=True, reason="phases.tag knows the weights of late ops as they are passed alone: w.T or w.astype(...) after the loop is no weight")
 @pytest.mark.parametrize("ready", [lambda w: w.astype(jnp.bfloat16), lambda w: w.reshape(16, 8).T], ids=["cast", "reshape"])
 def test_what_follows_the_loop_is_decode_while_weights_in_another_form_are_read(ready: Any) -> None:
     def fn(w: dict[str, jax.Array], token: jax.Array) -> jax.Array:
@@ -299,8 +297,7 @@ def until_converged() -> tuple[Any, tuple[Any, ...]]:
     return fn, (struct(8, 8), struct(8))
 
 
-QUANTISED = pytest.param(quantised_layers, marks=pytest.mark.xfail(
-    strict=True, reason="phases._discretises takes every op from floats to integers for a choice, a rounding convert_element_type too"))  # fmt: skip
+QUANTISED = quantised_layers
 
 
 @pytest.mark.parametrize("case", [plain, training_step, training_loop, router, chunked_prefill, float_feedback, until_converged, QUANTISED])

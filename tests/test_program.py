@@ -129,7 +129,6 @@ def test_shapes_that_do_not_match_give_the_users_line() -> None:
     assert f"{HERE}:{line_of('[4, 4] x [2, 4]')} (fn)" in caught.value.where
 
 
-@pytest.mark.xfail(strict=True, reason="program._user_line drops every file below a folder called 'jax' or 'flax', the user's too")
 def test_the_users_line_in_a_folder_called_jax(tmp_path: Path) -> None:
     (tmp_path / "jax").mkdir()
     path = tmp_path / "jax" / "mine.py"
@@ -164,7 +163,6 @@ def test_side_effects_are_refused(fn: Any) -> None:
     assert "remove debug prints" in caught.value.mend
 
 
-@pytest.mark.xfail(strict=True, reason="program.trace looks for Ordered and Debug effects only: an unordered io_callback passes and is dropped as dead")
 def test_unordered_side_effects_are_refused() -> None:
     def fn(w: jax.Array, x: jax.Array) -> jax.Array:
         io_callback(lambda v: None, None, x, ordered=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +41,10 @@ def _needs(problem: Problem) -> list[list[int]]:
 
 
 def lay(problem: Problem, nodes: Sequence[int], meshes: Sequence[int]) -> dict[int, int]:
-    """Lay nodes over the fewest leading meshes that hold them, the busiest as little busy as possible. Raises InfeasibleError."""
+    """Lay nodes over the fewest leading meshes that hold them, the busiest as little busy as possible.
+
+    Raises InfeasibleError.
+    """
     if not nodes:
         return {}
     for used in range(1, len(meshes) + 1):
@@ -77,20 +81,23 @@ def finish(problem: Problem, placed: dict[int, int], fallback: int) -> list[int]
 
 
 def together(problem: Problem, meshes: Sequence[int]) -> list[int]:
-    """Both phases on the same meshes: decode is laid out by layers, and each prefill node joins the decode node whose weights it shares."""
+    """Both phases on the same meshes, as few as hold them: decode is laid out by layers, prefill joins the decode node whose weights it shares."""
     body = [n for n in problem.nodes(Phase.DECODE) if problem.region[n] == "body"]
-    if not body:
-        placed = lay(problem, list(range(len(problem))), meshes)
-        return [placed[n] for n in range(len(problem))]
-    placed = lay(problem, body, meshes)
-    last = placed[body[0]]
-    shared = problem.incidence.astype(np.float64) * problem.resident[:, meshes[0]][:, None]
-    common = shared.T @ problem.incidence[:, body].astype(np.float64)
+    nodes = body or list(range(len(problem)))
+    busiest = problem.activation[problem.nodes(Phase.PREFILL)].max(axis=0, initial=0.0)  # prefill will run beside decode
+    roomy = dataclasses.replace(problem, activation=np.maximum(problem.activation, busiest[None, :]))
+    return _joined(problem, lay(roomy, nodes, meshes), nodes, meshes[0])
+
+
+def _joined(problem: Problem, placed: dict[int, int], nodes: Sequence[int], mesh: int) -> list[int]:
+    last = placed[nodes[0]]
+    shared = problem.incidence.astype(np.float64) * problem.resident[:, mesh][:, None]
+    common = shared.T @ problem.incidence[:, list(nodes)].astype(np.float64)
     for n in problem.nodes(Phase.PREFILL):
         if common[n].max(initial=0.0) > 0:
-            last = placed[body[int(common[n].argmax())]]
+            last = placed[nodes[int(common[n].argmax())]]
         placed[n] = last
-    return finish(problem, placed, placed[body[-1]])
+    return finish(problem, placed, placed[nodes[-1]])
 
 
 def of_kind(problem: Problem) -> dict[str, list[int]]:

@@ -22,9 +22,11 @@ def dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
 
 @rule("ragged_dot_general")
 def ragged_dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
-    """Every row meets the weights of its own group alone."""
-    ((contract, _), _) = op.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    return _work(2 * outs[0].size * math.prod(ins[0].shape[d] for d in contract), ins, outs)
+    """Every row meets the weights of its own group alone; where the rows are contracted, each is counted for its group once."""
+    numbers = op.params["ragged_dot_dimension_numbers"]
+    ((contract, _), _) = numbers.dot_dimension_numbers
+    groups = ins[2].shape[-1] if set(numbers.lhs_ragged_dimensions) & set(contract) else 1
+    return _work(2 * outs[0].size * math.prod(ins[0].shape[d] for d in contract) / groups, ins, outs)
 
 
 @rule("conv_general_dilated")

@@ -29,7 +29,7 @@ def cumulative(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
 @rule("sort", "top_k", "approx_top_k")
 def sort(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     """n log2 n comparisons along the sorted dimension; every operand through memory once each way."""
-    axis = op.params.get("dimension", -1)
+    axis = op.params.get("dimension", op.params.get("axis", -1))
     length = ins[0].shape[axis] if ins[0].shape else 1
     depth = math.ceil(math.log2(length)) if isinstance(length, int) and length > 1 else 1
     flops = {ins[0].dtype: ins[0].size * depth} if "float" in ins[0].dtype else {}

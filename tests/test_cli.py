@@ -1,0 +1,72 @@
+"""The command line: exit codes, JSON, files written whole, errors with a mend."""
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from partition.pipeline import Plan
+
+
+def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "partition", *args], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_plan_writes_a_folder_that_loads_whole(tmp_path: Path) -> None:
+    done = run("plan", "tiny", "--prompt", "16", "--new-tokens", "8", "--out", str(tmp_path / "o"), "--dump", str(tmp_path / "d"))
+    assert done.returncode == 0, done.stderr
+    assert "bound by" in done.stdout and "Memory" in done.stdout
+    assert sorted(os.listdir(tmp_path / "o")) == ["plan.json", "report.html", "trace.json"]
+    assert len(os.listdir(tmp_path / "d")) == 9
+    loaded = Plan.load(tmp_path / "o")
+    raw = json.loads((tmp_path / "o" / "plan.json").read_text())
+    assert loaded.estimate.e2e == pytest.approx(raw["estimate"]["e2e"], rel=1e-12)
+    assert loaded.problem.names == tuple(raw["problem"]["names"]) and "TTFT" in str(loaded)
+    html = (tmp_path / "o" / "report.html").read_text()
+    assert "http://" not in html and "https://" not in html and "<script" not in html
+    events = json.loads((tmp_path / "o" / "trace.json").read_text())["traceEvents"]
+    slices = [e for e in events if e["ph"] == "X"]
+    assert slices and all(e["tid"] != e["pid"] and e["tid"] > 0 for e in slices)
+
+
+def test_check_writes_json_and_junit_and_ends_with_zero(tmp_path: Path) -> None:
+    done = run("check", "tiny", "--prompt", "8", "--new-tokens", "4", "--json-file", str(tmp_path / "v.json"), "--junit", str(tmp_path / "v.xml"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "v.json").read_text())["equal"] is True
+    suite = ET.parse(tmp_path / "v.xml").getroot()[0]
+    assert suite.get("failures") == "0" and int(suite.get("tests", "0")) >= 2
+
+
+@pytest.mark.parametrize(("args", "code", "says"), [
+    (["plan", "lama-3.1-8b"], 2, "did you mean 'llama-3.1-8b'"),
+    (["plan", "tiny", "--cluster", "trn2_efa_cs33"], 2, "did you mean 'trn2_efa_cs3'"),
+    (["plan", "tiny", "--policy", "phasesplit"], 2, "did you mean 'phase_split'"),
+    (["plan", "tiny", "--objective", "speed"], 2, "there is no objective"),
+    (["plan", "tiny", "--promt", "3"], 2, "--prompt"),
+    (["plan", "llama-3.1-70b", "--cluster", "trn2_efa_cs3", "--prompt", "64", "--new-tokens", "4"], 3, "too much"),
+    (["plan", "tiny", "--cluster", "nowhere.toml"], 2, "cannot be read"),
+    (["plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--out", "/proc/no"], 2, "folder that you may write"),
+    (["plan", "os:getcwd"], 4, "crash"),
+], ids=lambda x: str(x)[:40])  # fmt: skip
+def test_wrong_use_is_said_with_its_mend(args: list[str], code: int, says: str, tmp_path: Path) -> None:
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == code, (done.returncode, done.stderr)
+    assert says in done.stderr and not done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_compare_lists_every_policy_and_speaks_json() -> None:
+    done = run("compare", "tiny", "--prompt", "16", "--new-tokens", "8", "--policy", "single", "--policy", "random", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {r["policy"] for r in rows} == {"single", "random"} and rows[0]["estimate"]["e2e"] <= rows[1]["estimate"]["e2e"]
+
+
+def test_devices_speak_json_with_sources() -> None:
+    raw = json.loads(run("devices", "--json").stdout)
+    assert {d["name"] for d in raw["devices"]} >= {"trn2", "cs3", "h100"}
+    assert all(d["price"]["source"] for d in raw["devices"])
