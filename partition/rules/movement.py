@@ -10,7 +10,7 @@ from partition.work import Work, rule
 
 @rule(
     "bitcast_convert_type", "broadcast_in_dim", "concatenate", "dynamic_slice", "empty", "expand_dims", "iota", "pad", "reshape",
-    "rev", "slice", "split", "squeeze", "transpose", "create_token", "device_put",
+    "rev", "slice", "split", "squeeze", "stack", "tile", "transpose", "unstack", "create_token", "device_put",
     fused=True,
 )  # fmt: skip
 def view(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
