@@ -170,6 +170,7 @@ class _References:
         self.lowered = self.program.entry.lowered
         self.options = dict(strict_options()) if strict else {}
         self.trips = trips
+        self.given = {t: v if np.ndim(v) else np.asarray(v, self.lowered.avals[t].dtype) for t, v in self.lowered.values.items()}
         self.top: dict[int, Any] = {}
         self.inner: list[dict[int, Any]] = []
         self._compute()
@@ -187,7 +188,7 @@ class _References:
 
     def result(self) -> Any:
         """What the uncut program gives."""
-        known = {**self.lowered.values, **self.loaded, **self.top}
+        known = {**self.given, **self.loaded, **self.top}
         return jax.tree_util.tree_unflatten(self.program.entry.out_tree, [known[t] for t in self.program.graph.outputs])
 
     def compiled(self, items: list[Item], wanted: list[int]) -> Callable[[Mapping[int, Any]], dict[int, Any]]:
@@ -204,7 +205,7 @@ class _References:
         graph = self.program.graph
         values = {v[0] for s in self.stages.all for v in (*s.inputs, *s.outputs)}
         loop_op = self.stages.problem.phases.token_loop if self.stages.problem.phases else None
-        known = {**self.lowered.values, **self.loaded}
+        known = {**self.given, **self.loaded}
         entering = set(loop_op.inputs) if loop_op is not None else set()
         top = [t for op in graph.ops for t in op.outputs if t in values | entering | set(graph.outputs)]
         self.top = self.compiled([(op, None) for op in graph.ops], top)(known)
