@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 from jax.extend import source_info_util
@@ -133,7 +134,8 @@ class _Reader:
             number = len(self.eqns)
             self.eqns.append(eqn)
             name, params = eqn.primitive.name, eqn.params
-            loop, inside = None, ()
+            loop: Loop | None = None
+            inside: tuple[Graph, ...] = ()
             if name in ("scan", "while"):
                 loop = self.loop(name, params, here)
             elif name == "cond":
@@ -224,7 +226,8 @@ def write(
 
 def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
     """A closed jaxpr as a function of its inputs."""
-    return jex.jaxpr_as_fun(jaxpr)
+    fn: Callable[..., list[Any]] = jex.jaxpr_as_fun(jaxpr)
+    return fn
 
 
 def expose(jaxpr: Any) -> Any:
@@ -244,11 +247,11 @@ def check(jaxpr: Any) -> None:
 
 def is_key(aval: Any) -> bool:
     """Whether an aval is a typed PRNG key."""
-    return bool(jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key))
+    return bool(jnp.issubdtype(aval.dtype, jax.dtypes.prng_key))
 
 
 def to_numpy(value: Any) -> np.ndarray:
     """A value as NumPy sees it; a typed PRNG key as its words."""
-    if hasattr(value, "dtype") and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     return np.asarray(value)

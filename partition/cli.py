@@ -51,7 +51,7 @@ def request(model: str, **options: Any) -> tuple[Callable[..., Any], tuple[Any, 
 
     made = find(model)
     if ":" in model:
-        return made()  # type: ignore[no-any-return]
+        return made()
     try:
         return made(**options)
     except ValueError as error:
@@ -210,7 +210,7 @@ def main() -> None:
     except PartitionError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
-    except typer._click.exceptions.ClickException as error:  # type: ignore[attr-defined]
+    except typer._click.exceptions.ClickException as error:
         error.show()
         code = ExitCode.USAGE
     except (KeyboardInterrupt, typer.Abort):

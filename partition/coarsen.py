@@ -54,7 +54,8 @@ def coarsen(phases: Phases, *, level: Literal["block", "op"] = "block", most: fl
     inputs = {t for t in graph.inputs if tensors[t].role is Role.INPUT}
     weights = is_weight(phases.program)
     after: set[int] = set(loop.outputs) if loop is not None else set()
-    before, behind = [], []
+    before: list[Op] = []
+    behind: list[Op] = []
     for op in graph.ops:
         if op is loop:
             continue

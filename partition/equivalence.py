@@ -66,7 +66,8 @@ def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         low = -(1 << (8 * a.dtype.itemsize - 1))
         return np.where(bits < 0, low - bits, bits)
 
-    return np.abs(ordered(a) - ordered(b))
+    distance: np.ndarray = np.abs(ordered(a) - ordered(b))
+    return distance
 
 
 def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, float] | None = None) -> Difference:

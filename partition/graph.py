@@ -126,7 +126,7 @@ class Graph:
         return {t: op for op in self.ops for t in op.outputs}
 
     @functools.cached_property
-    def nx(self) -> nx.DiGraph:
+    def nx(self) -> nx.DiGraph[int]:
         """This level as a DiGraph: op ids as nodes (primitive, scope, op), edges with the tensors that pass and their bytes."""
         return to_nx(self.ops, self.tensors, name="graph")
 
@@ -240,11 +240,11 @@ def _demanded(cond: Graph) -> list[Op]:
     return found
 
 
-def to_nx(ops: Sequence[Op], tensors: Sequence[Tensor], **attributes: Any) -> nx.DiGraph:
+def to_nx(ops: Sequence[Op], tensors: Sequence[Tensor], **attributes: Any) -> nx.DiGraph[int]:
     """Ops as nodes, tensors on the edges (`tensors`: ids, `bytes`: their sum)."""
     import networkx as nx
 
-    graph = nx.DiGraph(**attributes)
+    graph: nx.DiGraph[int] = nx.DiGraph(**attributes)
     producer: dict[int, int] = {}
     for op in ops:
         graph.add_node(op.id, primitive=op.primitive, scope=op.scope, op=op)

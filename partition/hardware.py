@@ -132,11 +132,11 @@ class Cluster:
         return next(m for m in self.meshes if m.name == name)
 
     @functools.cached_property
-    def nx(self) -> nx.DiGraph:
+    def nx(self) -> nx.DiGraph[str]:
         """Meshes as nodes (device, count, capacity, price), links as edges (alpha, beta, ingest, price, link)."""
         import networkx as nx
 
-        graph = nx.DiGraph(name=self.name)
+        graph: nx.DiGraph[str] = nx.DiGraph(name=self.name)
         for m in self.meshes:
             graph.add_node(m.name, device=m.device.name, count=m.count, capacity=m.capacity, price=m.price, mesh=m)
         for e in self.edges:

@@ -81,7 +81,7 @@ class Phases:
         """The ops of a phase: of the top level, and of the token loop's body in place of the loop."""
         return [op for op in _flat(self.program.graph, self.loop) if self.of[op.id] == Phase(phase)]
 
-    def nx(self, phase: Phase | str) -> nx.DiGraph:
+    def nx(self, phase: Phase | str) -> nx.DiGraph[int]:
         """A phase as a NetworkX DiGraph: op ids as nodes (primitive, scope, op), tensors and bytes on the edges."""
         return to_nx(self.ops(phase), self.program.graph.tensors, name=str(phase))
 
@@ -237,7 +237,7 @@ def tag(program: Program, *, loop: int | None = None) -> Phases:
             dynamic.update(op.outputs)
         elif not weighty.isdisjoint(op.inputs):
             weighty.update(op.outputs)  # a weight in another form
-    reads = set()  # tensors on whose way to an output a weight is still read
+    reads: set[int] = set()  # tensors on whose way to an output a weight is still read
     for op in reversed(late):
         decode = not weighty.isdisjoint(op.inputs) or not reads.isdisjoint(op.outputs)
         of[op.id] = Phase.DECODE if decode else Phase.NONE

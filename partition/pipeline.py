@@ -128,7 +128,7 @@ def _named(group: str, name: str, known: Mapping[str, Any], kind: str) -> Any:
 
 def policy(name: str | Policy) -> Policy:
     """A policy by name, entry point or module:attr; a callable is itself. Raises NameUnknownError."""
-    return name if callable(name) else _named("partition.policies", name, POLICIES, "policy")  # type: ignore[no-any-return]
+    return name if callable(name) else _named("partition.policies", name, POLICIES, "policy")
 
 
 def model(name: str) -> Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -256,7 +256,7 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     if raw.get("format") != FORMAT:
         raise OutputError(f"plan format {raw.get('format')!r} is not {FORMAT}", where="plan.json", mend="plan again with this version")
     p = raw["problem"]
-    arrays = {name: np.array(p[name], dtype=np.int64 if name == "times" else np.float64) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: np.array(p[name], dtype=np.int64 if name == "times" else np.float64) for name in _ARRAYS}
     arrays["beta"] = np.where(arrays["beta"] < 0, np.inf, arrays["beta"])
     arrays["resident"] = arrays["resident"].reshape(len(p["residents"]), len(p["meshes"]))
     problem = Problem(

@@ -85,11 +85,11 @@ class Problem:
         return [n for n, p in enumerate(self.phase) if p in wanted]
 
     @functools.cached_property
-    def dag(self) -> nx.DiGraph:
+    def dag(self) -> nx.DiGraph[int]:
         """Nodes and what must precede what within one trip (carries left out), with bytes on the edges."""
         import networkx as nx
 
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[int] = nx.DiGraph()
         graph.add_nodes_from((n, {"name": self.names[n], "phase": str(self.phase[n])}) for n in range(len(self)))
         for f in self.flows:
             if f.kind != "carry":
@@ -137,7 +137,8 @@ class Problem:
             on[n, list(placement.of(n))] = True
         used = (self.incidence.astype(np.float32) @ on.astype(np.float32)) > 0
         held: np.ndarray = (used * self.resident).sum(axis=0)
-        return held + np.where(on, self.activation, 0.0).max(axis=0, initial=0.0)
+        total: np.ndarray = held + np.where(on, self.activation, 0.0).max(axis=0, initial=0.0)
+        return total
 
 
 def pose(

@@ -59,7 +59,7 @@ class _Memory(_Strict):
 class _Device(_Strict):
     name: str
     title: str
-    peak: dict[str, _quantity("compute")] = Field(min_length=1)  # type: ignore[valid-type, misc]
+    peak: dict[str, _quantity("compute")] = Field(min_length=1)  # type: ignore[valid-type]
     memory: _Memory
     compute_efficiency: _quantity("fraction")  # type: ignore[valid-type]
     memory_efficiency: _quantity("fraction")  # type: ignore[valid-type]

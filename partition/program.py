@@ -87,7 +87,7 @@ def _leaf_name(path: Any, argument: int) -> str:
 
 def host_devices(count: int) -> None:
     """Ask JAX for `count` CPU host devices, the stand-ins of the meshes. Does nothing once a JAX backend has started."""
-    if jax.config.jax_num_cpu_devices < count:
+    if getattr(jax.config, "jax_num_cpu_devices", 0) < count:
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:
@@ -105,14 +105,14 @@ def trace(fn: Callable[..., Any], *args: Any, weights: Collection[int] = (0,), n
     Raises TraceError, naming the user's line, when `fn` cannot be traced.
     """
     host_devices(DEFAULT_HOST_DEVICES)
-    name = name or getattr(fn, "__name__", "program")
+    called = name or str(getattr(fn, "__name__", "program"))
     leaves, in_tree = jax.tree_util.tree_flatten_with_path(args)
     start = time.perf_counter()
     try:
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*args)
     except Exception as error:
         raise TraceError(
-            f"{name} cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{called} cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             where=_user_line(error),
             mend="the function must be traceable by jax.make_jaxpr with these arguments: no Python branches on values, matching shapes",
         ) from error
@@ -121,11 +121,11 @@ def trace(fn: Callable[..., Any], *args: Any, weights: Collection[int] = (0,), n
         (Role.PARAM if path[0].idx in weights else Role.INPUT, _leaf_name(path, path[0].idx)) for path, _ in leaves
     ]  # fmt: skip
     if effects := sorted(map(str, _jax.body_of(jaxpr).effects)):
-        raise TraceError(f"{name} has side effects that no stage can carry: {', '.join(effects)}",
-                         where=name, mend="remove debug prints, callbacks and ordered effects before planning")  # fmt: skip
+        raise TraceError(f"{called} has side effects that no stage can carry: {', '.join(effects)}",
+                         where=called, mend="remove debug prints, callbacks and ordered effects before planning")  # fmt: skip
     lowered = _jax.read(jaxpr, roles)
     entry = Entry(
-        name=name, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),
+        name=called, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),
         in_avals=tuple(_jax.body_of(jaxpr).invars[i].aval for i in range(len(leaves))),
     )  # fmt: skip
     return Program(fn=fn, entries=(entry,), seconds=seconds)

@@ -57,7 +57,7 @@ def rows(plan: Plan) -> list[Row]:
         found.append(Row(
             stage=f"{i} {p.phase[run[0]]}" + (f" {p.names[run[0]]}" if len(runs) > 4 else ""), mesh=p.meshes[m], ops=sum(len(p.blocks[n].items) for n in run) if p.blocks else 0,
             flops=float(work.total_flops), bytes=float(work.bytes), seconds=float(p.seconds[run, m].sum()), times=int(p.times[run[0]]),
-            bound_by=max(limits, key=lambda k: limits[k]) if limits else "",
+            bound_by=max(limits, key=lambda k: limits[k]) if any(limits.values()) else "",
         ))  # fmt: skip
     return found
 

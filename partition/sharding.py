@@ -43,18 +43,33 @@ def layout(graph: Graph, degree: int) -> Layout:
     if degree == 1:
         return Layout(degree=1, tensors={}, ways={}, collectives={})
     caps: dict[int, int] = {}
+    about = _About(graph)
     while True:
-        run = _Pass(graph, degree, caps)
+        run = _Pass(graph, degree, caps, about)
         run.level(graph)
         if not run.lowered:
             return Layout(degree=degree, tensors=run.split, ways=run.ways, collectives=run.comm)
         caps.update(run.lowered)
 
 
+class _About:
+    """What every pass asks of a program: roots of weights, who reads a tensor, which primitive makes it."""
+
+    def __init__(self, graph: Graph):
+        params = {t for t in graph.inputs if graph.tensors[t].role is Role.PARAM}
+        self.root = {t: t for t in params} | {inner: r for inner, r in roots(graph).items() if r in params}
+        self.users: dict[int, list[Op]] = {}
+        self.makers: dict[int, str] = {}
+        for op in graph.walk():
+            for t in op.inputs:
+                self.users.setdefault(t, []).append(op)
+            self.makers.update(dict.fromkeys(op.outputs, op.primitive))
+
+
 class _Pass:
     """One walk over the program with the caps found so far."""
 
-    def __init__(self, graph: Graph, degree: int, caps: Mapping[int, int]):
+    def __init__(self, graph: Graph, degree: int, caps: Mapping[int, int], about: _About):
         self.tensors, self.degree, self.caps = graph.tensors, degree, caps
         self.split: dict[int, Split] = {}
         self.ways: dict[int, int] = {}
@@ -62,15 +77,7 @@ class _Pass:
         self.lowered: dict[int, int] = {}
         self.columns: dict[int, int] = {}  # tensor -> the weight whose columns split it
         self.decided: dict[int, Split | None] = {}
-        outer = roots(graph)
-        params = {t for t in graph.inputs if graph.tensors[t].role is Role.PARAM}
-        self.root = {t: t for t in params} | {inner: r for inner, r in outer.items() if r in params}
-        self.users: dict[int, list[Op]] = {}
-        self.makers: dict[int, str] = {}
-        for op in graph.walk():
-            for t in op.inputs:
-                self.users.setdefault(t, []).append(op)
-            self.makers.update(dict.fromkeys(op.outputs, op.primitive))
+        self.root, self.users, self.makers = dict(about.root), about.users, about.makers
         self.view: dict[int, tuple[int, ...]] = {}  # weight-derived tensor -> the root's dimension of each of its own
 
     def dims(self, t: int) -> tuple[int, ...]:
@@ -174,9 +181,7 @@ def _alike(op: Op, tensors: Sequence[Tensor]) -> bool:
 
 
 def _fits(small: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
-    if small in ((), shape):
-        return True
-    return len(small) == len(shape) and all(a in (1, b) for a, b in zip(small, shape, strict=True))
+    return small == () or (len(small) == len(shape) and all(a in (1, b) for a, b in zip(small, shape, strict=True)))
 
 
 def _replicate(p: _Pass, op: Op) -> None:
@@ -197,7 +202,7 @@ def _elementwise(p: _Pass, op: Op) -> None:
         if p.undecided(t):
             p.decide(t, None)
         s = p.of(t)
-        if s is not None and (best is None or p.tensors[t].nbytes > p.tensors[source].nbytes):  # type: ignore[index]
+        if s is not None and (best is None or p.tensors[t].nbytes > p.tensors[source].nbytes):  # type: ignore[call-overload]
             best, source = s, t
     for t in op.inputs:
         s = p.of(t)

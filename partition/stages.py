@@ -1,7 +1,7 @@
 """cut(): a placement into stages, sub-jaxprs that each run on one mesh, and what crosses between them.
 
 Ops are ordered by mesh: a stage takes every op of its mesh that can run, before another mesh gets its turn, so stages are convex
-and as few as the greedy order allows (every possible first mesh is tried). A token loop whose body lies on one mesh stays one op,
+and as few as the greedy order allows (up to three first meshes are tried). A token loop whose body lies on one mesh stays one op,
 one compiled loop. Where the body is cut, the loop becomes a `LoopPlan`: its body's stages, run once a trip, the carry rebound
 between trips. Adjacent iterations of a layer scan on one mesh are one shorter scan.
 """
@@ -122,10 +122,12 @@ def merge(items: Iterable[tuple[Item, int]]) -> list[tuple[Item, int]]:
 
 
 def order(units: Sequence[tuple[Item, int]]) -> list[tuple[int, list[int]]]:
-    """Units (item, mesh) into runs (mesh, unit numbers), each convex: a greedy order from every possible first mesh, the shortest kept."""
+    """Units (item, mesh) into runs (mesh, unit numbers), each convex: greedy orders from up to three first meshes, the shortest kept."""
+    if len({m for _, m in units}) == 1 and all(span is None for (_, span), _ in units):
+        return [(units[0][1], list(range(len(units))))]
     after, degree = _edges(units)
-    first = sorted({units[u][1] for u in range(len(units)) if not degree[u]})
-    tries = [_greedy(units, after, degree, m) for m in first] or [[]]
+    first = list(dict.fromkeys(units[u][1] for u in range(len(units)) if not degree[u]))
+    tries = [_greedy(units, after, degree, m) for m in first[:3]] or [[]]
     return min(tries, key=len)
 
 
@@ -163,7 +165,9 @@ def _greedy(units: Sequence[tuple[Item, int]], after: Sequence[Sequence[tuple[in
 
     def closure(m: int, waiting: list[int] | _Undo) -> tuple[list[int], list[int]]:
         """Units that run now on mesh m, and those that become free for later stages."""
-        run, freed, queue, held = [], [], deque(ready[m]), set()
+        run: list[int] = []
+        freed: list[int] = []
+        queue, held = deque(ready[m]), set[int]()
         while queue:
             u = queue.popleft()
             run.append(u)
@@ -245,7 +249,7 @@ class _Cutter:
         inside = [m for n, b in numbered if b.region != "top" for m in self.placement.of(n)]
         whole_loop = self.loop_op is not None and len(set(inside)) == 1
         tops = [(n, b) for n, b in numbered if b.region == "top"]
-        outputs = {(t, None) for t in self.program.graph.outputs}
+        outputs: set[Value] = {(t, None) for t in self.program.graph.outputs}
         if self.loop_op is None:
             steps: list[Stage | LoopPlan] = list(self.stages("top", self.units("top", tops), outputs))
         elif whole_loop or not inside:
@@ -275,11 +279,12 @@ class _Cutter:
         needed_late = {v for (o, span), _ in late_units for v in reads(o, span)} | outputs
         results = tuple(r for r in results if (r[0], None) in needed_late)
         read = {self.outside(v) for (o, span), _ in [*body_units, *cond_units] for v in reads(o, span)}
-        enters = read | {(init, v[1]) for t, init, _ in carry for v in read if v[0] == t}
+        slots = {t: (init, new) for t, init, new in carry}
+        enters = read | {(slots[v[0]][0], v[1]) for v in read if v[0] in slots}
         enters |= {(init, None) for _, init, _ in carry} | {(outer, None) for _, outer in xs} | {(new, None) for _, _, new in carry}
         before = self.stages("top", self.units("top", early), outputs | needed_late | enters)
-        kept = {(new, v[1]) for t, _, new in carry for v in read if v[0] == t}
-        kept |= {(new, None) for outside, new, _ in results} | {(new, None) for _, _, new in carry if new in {t for t, _, _ in carry}}
+        kept = {(slots[v[0]][1], v[1]) for v in read if v[0] in slots}
+        kept |= {(new, None) for outside, new, _ in results} | {(new, None) for _, _, new in carry if new in slots}
         body = self.stages("body", body_units, kept, carry)
         cond = self.stages("cond", cond_units, {(t, None) for t in loop.cond.outputs}) if loop.cond is not None else []
         plan = LoopPlan(op=op, trips=self.problem.workload.trips, cond=cond[0] if cond else None, body=tuple(body), carry=carry, xs=xs, results=results)  # fmt: skip

@@ -13,6 +13,8 @@ from partition.problem import Placement, Problem
 
 Policy = Callable[[Problem], Placement]
 
+__all__ = ["POLICIES", "Policy", "exhaustive", "heft", "phase_split", "random", "single"]
+
 POLICIES: dict[str, Policy] = {
     "exhaustive": exhaustive,
     "heft": heft,
