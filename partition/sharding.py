@@ -197,12 +197,12 @@ def _elementwise(p: _Pass, op: Op) -> None:
         p.root[op.outputs[0]], p.view[op.outputs[0]] = p.root[op.inputs[0]], p.dims(op.inputs[0])
         return
     best: Split | None = None
-    source = None
+    source: int | None = None
     for t in op.inputs:
         if p.undecided(t):
             p.decide(t, None)
         s = p.of(t)
-        if s is not None and (best is None or p.tensors[t].nbytes > p.tensors[source].nbytes):  # type: ignore[call-overload]
+        if s is not None and (source is None or p.tensors[t].nbytes > p.tensors[source].nbytes):
             best, source = s, t
     for t in op.inputs:
         s = p.of(t)
