@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from partition.graph import Op, Role, Span, Tensor, bodies
@@ -234,13 +234,6 @@ def has_contraction(op: Op) -> bool:
     return op.primitive in CONTRACTIONS or any(has_contraction(o) for body in bodies(op) for o in body.ops)
 
 
-def by_block(blocks: Iterable[Block], value: Callable[[Op], float]) -> list[float]:
-    """Sum a number over the ops of each block; an op split by iterations gives each range its share."""
-    sums = []
-    for b in blocks:
-        total = 0.0
-        for op, span in b.items:
-            share = 1.0 if span is None or op.loop is None or op.loop.trips is None else (span[1] - span[0]) / op.loop.trips
-            total += value(op) * share
-        sums.append(total)
-    return sums
+def share(op: Op, span: Span) -> float:
+    """What an iteration range of an op is of all its iterations."""
+    return 1.0 if span is None or op.loop is None or op.loop.trips is None else (span[1] - span[0]) / op.loop.trips

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from partition.coarsen import Block, by_block, coarsen
+from partition.coarsen import Block, coarsen, share
 from partition.costs import Cost, costs
 from partition.errors import NameUnknownError, PlacementError
 from partition.flow import Flow, Resident, flows
@@ -113,6 +113,15 @@ class Problem:
             table[r, list(resident.blocks)] = True
         return table
 
+    @functools.cached_property
+    def needs(self) -> tuple[tuple[int, ...], ...]:
+        """For each node, the numbers of the residents that it needs."""
+        found: list[list[int]] = [[] for _ in self.names]
+        for r, resident in enumerate(self.residents):
+            for n in resident.blocks:
+                found[n].append(r)
+        return tuple(map(tuple, found))
+
     def placement(self, mesh: Sequence[int] | np.ndarray) -> Placement:
         """A placement from one mesh number a node. Pinned nodes go where they are pinned, and nodes that both phases need are
         replicated to every mesh that reads them."""
@@ -205,13 +214,23 @@ def _pins(pins: Mapping[str, str], names: Sequence[str], meshes: Sequence[str]) 
 
 
 def _node_costs(blocks: Sequence[Block], tables: Sequence[Mapping[int, Cost]]) -> tuple[tuple[Cost, ...], ...]:
-    unique = {id(t): t for t in tables}
     rows: dict[int, list[Cost]] = {}
-    for key, table in unique.items():
-        parts = {part: by_block(blocks, lambda op, part=part, table=table: getattr(table[op.id], part))  # type: ignore[misc]
-                 for part in ("compute", "memory", "link", "latency", "busy")}  # fmt: skip
-        rows[key] = [Cost(**{k: v[n] for k, v in parts.items()}) for n in range(len(blocks))]
+    for table in tables:
+        if id(table) not in rows:
+            rows[id(table)] = [_block_cost(b, table) for b in blocks]
     return tuple(tuple(rows[id(t)][n] for t in tables) for n in range(len(blocks)))
+
+
+def _block_cost(block: Block, table: Mapping[int, Cost]) -> Cost:
+    compute = memory = link = latency = busy = 0.0
+    for op, span in block.items:
+        c, part = table[op.id], share(op, span)
+        compute += c.compute * part
+        memory += c.memory * part
+        link += c.link * part
+        latency += c.latency * part
+        busy += c.busy * part
+    return Cost(compute=compute, memory=memory, link=link, latency=latency, busy=busy)
 
 
 def _node_works(blocks: Sequence[Block], works: Mapping[int, Work]) -> tuple[Work, ...]:
@@ -219,8 +238,8 @@ def _node_works(blocks: Sequence[Block], works: Mapping[int, Work]) -> tuple[Wor
     for b in blocks:
         total = Work()
         for op, span in b.items:
-            share = 1.0 if span is None or op.loop is None or op.loop.trips is None else (span[1] - span[0]) / op.loop.trips
-            total = total + (works[op.id] if share == 1.0 else works[op.id] * share)
+            part = share(op, span)
+            total = total + (works[op.id] if part == 1.0 else works[op.id] * part)
         out.append(total)
     return tuple(out)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -105,7 +106,13 @@ def cut(program: Program, placement: Placement) -> Stages:
         raise PlacementError("the placement was not made for this program", where="cut(program, placement)",
                              mend="pose, place and cut the same traced program")  # fmt: skip
     verify(problem, placement)
-    return _Cutter(program, problem, placement).run()
+    collecting = gc.isenabled()
+    gc.disable()  # hundreds of thousands of new values, none of them garbage: the collector would only walk them again and again
+    try:
+        return _Cutter(program, problem, placement).run()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def merge(items: Iterable[tuple[Item, int]]) -> list[tuple[Item, int]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from models import llama
-from partition.coarsen import Block, by_block, coarsen, late_statics, layer_scan, valleys
+from partition.coarsen import Block, coarsen, late_statics, layer_scan, share, valleys
 from partition.graph import Op, bodies
 from partition.phases import CONTRACTIONS, Phase, Phases, is_weight, tag
 from partition.program import trace
@@ -127,10 +127,10 @@ def test_scanned_layers_are_one_block_an_iteration(loop: str) -> None:
 
 
 @pytest.mark.parametrize("layers", ["unrolled", "scanned"])
-def test_by_block_loses_nothing(layers: str) -> None:
+def test_shares_of_the_blocks_add_up_to_every_op(layers: str) -> None:
     phases, blocks = blocks_of(layers, "scan", "block")
     value = lambda op: float(op.id + 1)  # noqa: E731
-    assert sum(by_block(blocks, value)) == pytest.approx(sum(value(op) for _, op in placed(phases)))
+    assert sum(value(op) * share(op, span) for b in blocks for op, span in b.items) == pytest.approx(sum(value(op) for _, op in placed(phases)))
 
 
 def test_a_scan_that_slices_no_weights_is_not_cut() -> None:

@@ -17,7 +17,7 @@ def fill(problem: Problem, nodes: Sequence[int], meshes: Sequence[int], most: fl
     """Mesh of each node, filling the meshes in order up to their capacity and up to `most` seconds each; None if they do not hold."""
     out, which = [], 0
     held, seconds, activation, seen = 0.0, 0.0, 0.0, set[int]()
-    needs = _needs(problem)
+    needs = problem.needs
     for n in nodes:
         while which < len(meshes):
             m = meshes[which]
@@ -36,10 +36,6 @@ def fill(problem: Problem, nodes: Sequence[int], meshes: Sequence[int], most: fl
     return out
 
 
-def _needs(problem: Problem) -> list[list[int]]:
-    return [np.flatnonzero(problem.incidence[:, n]).tolist() for n in range(len(problem))]
-
-
 def lay(problem: Problem, nodes: Sequence[int], meshes: Sequence[int]) -> dict[int, int]:
     """Lay nodes over the fewest leading meshes that hold them, the busiest as little busy as possible.
 
@@ -56,7 +52,7 @@ def lay(problem: Problem, nodes: Sequence[int], meshes: Sequence[int]) -> dict[i
                 low, high, best = (low, middle, tried) if tried is not None else (middle, high, best)
             return dict(zip(nodes, best, strict=True))
     m = list(meshes)
-    needed = float(sum(problem.resident[r, m[0]] for r in {r for n in nodes for r in _needs(problem)[n]}))
+    needed = float(sum(problem.resident[r, m[0]] for r in {r for n in nodes for r in problem.needs[n]}))
     room = float(problem.capacity[m].sum())
     raise InfeasibleError(
         f"{len(nodes)} nodes need {size(needed)}, {len(m)} {problem.kinds[m[0]]} mesh{'es' * (len(m) > 1)} hold {size(room)}"
