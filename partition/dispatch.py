@@ -52,6 +52,9 @@ class Machine(Protocol):
     def copy(self, array: Any) -> Any:
         """An array of the same numbers that may be donated."""
 
+    def settle(self, array: Any, value: Value, mesh: int) -> Any:
+        """The array laid out as `value` lies on its mesh."""
+
     def truth(self, array: Any) -> bool:
         """The value of a loop's condition."""
 
@@ -87,7 +90,7 @@ class Walk:
             array = self.machine.given(value, mesh)
         else:
             parts = [self.part(source, value, mesh) for source in find(value, self.made)]
-            array = parts[0] if len(parts) == 1 else self.machine.join(parts)
+            array = self.machine.settle(parts[0] if len(parts) == 1 else self.machine.join(parts), value, mesh)
         self.put(value, mesh, array)
         return array
 
@@ -136,7 +139,7 @@ class Walk:
         xs = {(v, s.mesh) for s in inner for v in s.inputs if v[0] in dict(plan.xs)}
         xs |= {((new, None), inner[0].mesh) for _, _, new in plan.carry if new in dict(plan.xs)}
         for (t, span), m in sorted(needed, key=str):
-            self.put((t, span), m, self.machine.copy(self.fetch((carry[t][0], span), m)))
+            self.put((t, span), m, self.machine.settle(self.machine.copy(self.fetch((carry[t][0], span), m)), (t, span), m))
         maker = {v[0]: s.mesh for s in plan.body for v in s.outputs}
         stacks: dict[int, list[Any]] = {outside: [] for outside, _, stacked in plan.results if stacked}
         inside = {v[0] for s in plan.body for v in s.outputs} | set(carry)
@@ -146,7 +149,7 @@ class Walk:
                 self.rebind(needed, carry, inside)
             for v, m in sorted(xs, key=str):
                 place = trip if plan.op.loop is None or not plan.op.loop.reverse else plan.trips - 1 - trip
-                self.put(v, m, self.machine.row(self.fetch((dict(plan.xs)[v[0]], None), m), place))
+                self.put(v, m, self.machine.settle(self.machine.row(self.fetch((dict(plan.xs)[v[0]], None), m), place), v, m))
             for stage in plan.body:
                 self.compute(stage, trip)
             for outside, tensor, stacked in plan.results:
@@ -170,7 +173,7 @@ class Walk:
 
     def rebind(self, needed: set[tuple[Value, int]], carry: dict[int, tuple[int, int]], inside: set[int]) -> None:
         """What the last trip made becomes what the next one reads."""
-        new = {(v, m): self.fetch((carry[v[0]][1], v[1]), m) for v, m in sorted(needed, key=str)}
+        new = {(v, m): self.machine.settle(self.fetch((carry[v[0]][1], v[1]), m), v, m) for v, m in sorted(needed, key=str)}
         self.forget(inside)
         for (v, m), array in new.items():
             self.put(v, m, array)
@@ -192,7 +195,7 @@ class Walk:
                 last = enters[tensor] if rebound else tensor
                 mesh = self.home(last, maker.get(tensor, fallback))
                 array = self.fetch((last, None), mesh)
-            self.put((outside, None), mesh, array)
+            self.put((outside, None), mesh, self.machine.settle(array, (outside, None), mesh))
 
 
 def _tensors_read(step: Stage | LoopPlan) -> set[int]:
@@ -234,6 +237,9 @@ class _Counter:
         return None
 
     def copy(self, array: Any) -> Any:
+        return None
+
+    def settle(self, array: Any, value: Value, mesh: int) -> Any:
         return None
 
     def truth(self, array: Any) -> bool:

@@ -110,7 +110,7 @@ class Runner:
         cluster = stages.problem.cluster
         assert cluster is not None
         sizes = [m.stand_in for m in cluster.meshes]
-        used = sorted({s.mesh for s in stages.all})
+        used = sorted({s.mesh for s in stages.all}) or [0]  # a program without ops hands on its arguments
         devices = jax.devices("cpu")
         needed = sum(sizes[m] for m in used)
         if len(devices) < needed:
@@ -178,7 +178,7 @@ class Runner:
         walk.run()
         results = []
         for t in self.program.graph.outputs:
-            home = min(walk.env.get((t, None), {self.stages.all[0].mesh: None}))
+            home = min(walk.env.get((t, None)) or {min(self.meshes): None})
             results.append(walk.fetch((t, None), home))
         jax.block_until_ready(results)
         record = Record(moved=tuple(machine.moved), kept=machine.kept, read=machine.read, seconds=time.perf_counter() - start)
@@ -237,6 +237,10 @@ class _Computer:
 
     def copy(self, array: Any) -> Any:
         return jnp.copy(array)
+
+    def settle(self, array: Any, value: Value, mesh: int) -> Any:
+        sharding = self.runner.sharding(value, mesh)
+        return array if array.sharding.is_equivalent_to(sharding, array.ndim) else jax.device_put(array, sharding)
 
     def truth(self, array: Any) -> bool:
         return bool(array)

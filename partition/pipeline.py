@@ -96,6 +96,7 @@ class Plan:
 
 def write(path: Path, content: str) -> None:
     """Write a file whole or not at all. Raises OutputError where the folder is not writable."""
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -104,6 +105,8 @@ def write(path: Path, content: str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         raise OutputError(f"cannot write {path.name}: {error.strerror}", where=str(path.parent), mend="name a folder that you may write to") from None
 
 

@@ -1,0 +1,56 @@
+"""Loops whose carry does awkward things: kept every trip, swapped, started from one value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partition import profiles
+from partition.execution import prepare
+from partition.phases import tag
+from partition.problem import pose
+from partition.program import trace
+from partition.stages import cut
+
+W = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
+
+
+def kept(w, t):  # type: ignore[no-untyped-def]
+    h = w[t] @ w
+
+    def body(s, _):  # type: ignore[no-untyped-def]
+        tok, c = s
+        n = jnp.argmax(jnp.tanh(w[tok] + c) @ w, -1)
+        return (n, c * 1.5), n
+
+    return jax.lax.scan(body, (jnp.argmax(h, -1), h), None, length=5)
+
+
+def swapped(w, t):  # type: ignore[no-untyped-def]
+    h = w[t] @ w
+
+    def body(s, _):  # type: ignore[no-untyped-def]
+        tok, a, b = s
+        n = jnp.argmax(jnp.tanh(w[tok] + a) @ w, -1)
+        return (n, b, a * 0.5), None
+
+    return jax.lax.scan(body, (jnp.argmax(h, -1), h, h), None, length=5)[0]
+
+
+@pytest.mark.parametrize("fn", [kept, swapped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("seed", range(3))
+def test_awkward_carries(fn, seed: int) -> None:  # type: ignore[no-untyped-def]
+    args = (W, np.array([1, 2]).astype(np.int32))
+    program = trace(fn, *args)
+    problem = pose(tag(program), profiles.cluster("trn2_efa_cs3"), level="op")
+    mesh = np.arange(len(problem)) % 2 if seed == 0 else np.random.default_rng(seed).integers(0, 2, len(problem))
+    runner = prepare(cut(program, problem.placement(mesh)))
+    got = jax.tree_util.tree_leaves(runner(*args))
+    for a, b in zip(jax.tree_util.tree_leaves(jax.jit(fn)(*args)), got, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5)
+
+
+def test_a_program_without_ops_hands_on_its_argument() -> None:
+    program = trace(lambda x: x, W)
+    problem = pose(tag(program), profiles.cluster("cs3_only"))
+    assert np.array_equal(np.asarray(prepare(cut(program, problem.placement([])))(W)), W)
