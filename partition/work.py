@@ -100,7 +100,7 @@ def _literals(graph: Graph) -> dict[int, float]:
 
 def loop_trips(op: Op, graph: Graph, stated: int | None = None) -> int:
     """How often a loop op runs; raises WorkError where neither its structure nor the caller says."""
-    known = trips_of(op, _literals(graph)) if op.loop is not None and op.loop.cond is not None else trips_of(op, {})
+    known = trips_of(op, _literals(graph) if op.loop is not None and op.loop.cond is not None else {})
     known = stated if known is None else known
     if known is None:
         raise WorkError(f"the {op.primitive} loop runs a number of times that the graph does not tell", where=f"op {op.id} in {op.scope or 'the top scope'}",
@@ -110,7 +110,6 @@ def loop_trips(op: Op, graph: Graph, stated: int | None = None) -> int:
 
 def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: set[int], found: dict[int, Work]) -> Work:
     tensors, total = graph.tensors, Work()
-    memo: dict[Any, Work] = {}
     for op in graph.ops:
         if op.loop is not None:
             inside = [_level(b, weights, trips, on_chip, found) for b in bodies(op)]
@@ -120,15 +119,7 @@ def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: se
             cost = max(branches, key=lambda w: (w.bytes, w.total_flops))  # a cond runs one branch: the dearest
         else:
             ins, outs = [tensors[t] for t in op.inputs], [tensors[t] for t in op.outputs]
-            key = (op.primitive, id(op.params.get("dimension_numbers")) and str(op.params.get("dimension_numbers")),
-                   tuple((t.shape, t.dtype) for t in ins), tuple((t.shape, t.dtype) for t in outs)) if op.primitive == "dot_general" else None  # fmt: skip
-            if key is None or key not in memo:
-                cost = _rule_for(op)(op, ins, outs)
-                if key is not None:
-                    memo[key] = cost
-            else:
-                cost = memo[key]
-            cost = _tiled(op, cost, tensors, weights, on_chip)
+            cost = _tiled(op, _rule_for(op)(op, ins, outs), tensors, weights, on_chip)
         found[op.id] = cost
         total = total + cost
     return total
