@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import numbers
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class ModelError(ValueError):
 
     def __init__(self, what: str, *, where: str, mend: str):
         super().__init__(f"{what}\n  where: {where}\n  mend:  {mend}")
+        self.what, self.where, self.mend = what, where, mend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,26 +51,50 @@ def _bytes_left(path: Path, error: Exception) -> ModelError:
                       mend="the file is truncated or damaged: copy or download it again")  # fmt: skip
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ModelError where it is missing, damaged or something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(f"there is no {path.name}", where=str(path.parent), mend="name the folder that save_pretrained wrote") from None
+    except OSError as error:
+        raise ModelError(f"{path.name} cannot be read: {error.strerror}", where=str(path), mend="make it a readable file") from None
+    except ValueError as error:  # no JSON, or no text at all
+        raise ModelError(f"{path.name} is not JSON: {error}", where=str(path), mend="copy the file again") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path.name} holds a {type(found).__name__}, not an object", where=str(path), mend="copy the file again")
+    return found
+
+
+def hold_to_numbers(config: Mapping[str, Any]) -> None:
+    """Raise ModelError where a size is no positive whole number, a scale no positive number, or the dtype no float type."""
+    sizes = {k: config[k] for k in ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn")}
+    scales = {k: config[k] for k in ("rope_theta", "norm_eps")} | (vars(config["rope_scaling"]) if config["rope_scaling"] else {})
+    wrong = [f"{k} = {v!r}" for k, v in sizes.items() if not isinstance(v, int | np.integer) or isinstance(v, bool) or v < 1]
+    wrong += [f"{k} = {v!r}" for k, v in scales.items() if not isinstance(v, numbers.Real) or isinstance(v, bool) or not 0 < v < float("inf")]
+    if wrong:
+        raise ModelError(f"a model cannot have {', '.join(wrong)}", where="the configuration", mend="sizes are whole numbers from 1, scales numbers above 0")
+    if sizes["heads"] % sizes["kv_heads"] or sizes["head_dim"] % 2:
+        raise ModelError(f"{sizes['heads']} heads of size {sizes['head_dim']} cannot share {sizes['kv_heads']} KV heads", where="the configuration",
+                         mend="KV heads divide the heads, and a head's size is even (its halves are turned)")  # fmt: skip
+    if (dtype := config["dtype"]) not in ("float32", "bfloat16", "float16", "float64"):
+        raise ModelError(f"weights of dtype {dtype!r} cannot be made", where="the configuration", mend="use float32, bfloat16 or float16")
+
+
 def open_safetensors(folder: str | Path) -> Checkpoint:
     """Open a Hugging Face folder. Raises ModelError where config.json or the weights are missing, damaged or incomplete."""
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
     import safetensors
 
     folder = Path(folder)
-    config = folder / "config.json"
-    try:
-        meta = json.loads(config.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelError("there is no config.json", where=str(folder), mend="name the folder that save_pretrained wrote") from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"config.json is not JSON: {error}", where=str(config), mend="copy the file again") from None
+    meta = _json_object(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        try:
-            wanted = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (json.JSONDecodeError, KeyError) as error:
-            raise _bytes_left(index, error) from None
+        shards = _json_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ModelError("weight_map does not name a file for each tensor", where=str(index), mend="copy the file again")
+        wanted = sorted({folder / name for name in shards.values()})
         if missing := [f.name for f in wanted if not f.exists()]:
             raise ModelError(f"shards are missing: {', '.join(missing)}", where=str(index), mend="copy the missing files")
         files = wanted
@@ -113,6 +139,8 @@ def open_gguf(file: str | Path) -> Checkpoint:
 def hold_to_family(meta: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The rotary part of a config.json (`rope_parameters`, or the older `rope_scaling`); raises ModelError for what no Config says."""
     rope = meta.get("rope_parameters") or meta.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"the rotary part is {rope!r}, not an object", where=where, mend="use the config.json saved with the weights")
     wrong = [f"{key}={value!r}" for key, value, known in (
         ("model_type", meta.get("model_type"), ("llama", "qwen3")), ("hidden_act", meta.get("hidden_act", "silu"), ("silu",)),
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "llama3")),
@@ -163,8 +191,9 @@ def gguf_config(checkpoint: Checkpoint) -> dict[str, Any]:
             "vocab_size": meta["llama.vocab_size"] if "llama.vocab_size" in meta else len(meta["tokenizer.ggml.tokens"]),
             "tie_word_embeddings": "output.weight" not in checkpoint.names,
         }  # fmt: skip
-    except KeyError as error:
-        raise ModelError(f"the GGUF file has no key {error}", where=where, mend="convert the model again with llama.cpp") from None
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        what = f"the GGUF file has no key {error}" if isinstance(error, KeyError) else f"the GGUF file's sizes cannot be used: {error}"
+        raise ModelError(what, where=where, mend="convert the model again with llama.cpp") from None
     if "rope_freqs.weight" in checkpoint.names:  # llama.cpp keeps the outcome of the Llama-3.1 scaling: a divisor per frequency
         divisors = checkpoint.read("rope_freqs.weight")
         factor, plain = float(divisors.max()), config["rope_theta"] ** -(np.arange(divisors.size) / divisors.size)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import ModelError, gguf_config, gguf_name, hold_to_family, open_gguf, open_safetensors, unpermute
+from models.checkpoint import ModelError, gguf_config, gguf_name, hold_to_family, hold_to_numbers, open_gguf, open_safetensors, unpermute
 
 Make = Callable[[str, tuple[int, ...]], Any]  # (name, shape) -> an array or a ShapeDtypeStruct
 
@@ -52,6 +52,9 @@ class Config:
     tied: bool = False
     qk_norm: bool = False
     dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        hold_to_numbers(vars(self))
 
 
 def _llama31(**shape: int) -> Config:
@@ -310,8 +313,9 @@ def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
                       kv_heads=meta.get("num_key_value_heads") or heads, head_dim=meta.get("head_dim") or (128 if qwen else dim // heads),
                       rope_theta=rope.get("rope_theta", meta.get("rope_theta", 1e4)), rope_scaling=scaling or None, qk_norm=qwen,
                       norm_eps=meta["rms_norm_eps"], tied=bool(meta.get("tie_word_embeddings")), dtype=dtype)  # fmt: skip
-    except KeyError as error:
-        raise ModelError(f"the configuration has no key {error}", where=where, mend="use the config.json saved with the weights") from None
+    except (KeyError, TypeError, ZeroDivisionError, ModelError) as error:
+        what = f"the configuration has no key {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise ModelError(what, where=where, mend="use the config.json saved with the weights") from None
 
 
 def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
@@ -365,10 +369,8 @@ def generation(
     ids = None if isinstance(prompt, int) else np.asarray(prompt, np.int32)
     batch, length = (batch, prompt) if ids is None else ids.shape
     if batch < 1 or length < 1 or new_tokens < 2:
-        raise ModelError(
-            f"a request of batch {batch}, prompt {length} and {new_tokens} new tokens cannot be generated",
-            where=f"generation({name!r})", mend="give batch >= 1, prompt >= 1 and new_tokens >= 2",
-        )  # fmt: skip
+        raise ModelError(f"a request of batch {batch}, prompt {length} and {new_tokens} new tokens cannot be generated",
+                         where=f"generation({name!r})", mend="give batch >= 1, prompt >= 1 and new_tokens >= 2")  # fmt: skip
     if logits and loop != "scan":
         raise ModelError("logits are kept by the scan loop only", where=f"generation({name!r})", mend="pass loop='scan'")
     make = weights or (shapes(cfg.dtype) if seed is None else numbers(cfg.dtype, seed))
@@ -394,6 +396,5 @@ def config(name: str | Config) -> Config:
     if isinstance(name, Config):
         return name
     if name not in CONFIGS:
-        raise ModelError(f"no Llama configuration is called {name!r}", where="models.llama.CONFIGS",
-                         mend="use one of " + ", ".join(CONFIGS))  # fmt: skip
+        raise ModelError(f"no Llama configuration is called {name!r}", where="models.llama.CONFIGS", mend="use one of " + ", ".join(CONFIGS))
     return CONFIGS[name]

@@ -240,6 +240,35 @@ def expose(jaxpr: Any) -> Any:
     return jex.ClosedJaxpr(body, ())
 
 
+def _narrow(aval: Any) -> bool:
+    return bool(jnp.issubdtype(aval.dtype, jnp.floating)) and aval.dtype.itemsize < 4
+
+
+_ENTERED = {"scan": "jaxpr", "while": "body_jaxpr", "cond": "branches", "jit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+
+
+def wide_sums(jaxpr: Any) -> Any:
+    """The same jaxpr, bodies included, with every contraction of narrow floats summed in float32 and rounded once at its end.
+
+    Where devices share a contraction, their partial sums then meet in float32, and the result is rounded as often as the uncut one.
+    """
+    inner = body_of(jaxpr)
+    eqns: list[Any] = []
+    for eqn in inner.eqns:
+        if eqn.primitive.name == "dot_general" and _narrow(out := eqn.outvars[0].aval):
+            wide = jex.Var(jax.core.ShapedArray(out.shape, jnp.float32))
+            eqns.append(eqn.replace(outvars=[wide], params={**eqn.params, "preferred_element_type": jnp.dtype("float32")}))
+            rounding = {"new_dtype": out.dtype, "weak_type": False, "sharding": None}
+            eqns.append(eqn.replace(primitive=jax.lax.convert_element_type_p, invars=[wide], outvars=eqn.outvars, params=rounding))
+            continue
+        if key := _ENTERED.get(eqn.primitive.name):
+            held = eqn.params[key]
+            eqn = eqn.replace(params={**eqn.params, key: tuple(map(wide_sums, held)) if isinstance(held, tuple) else wide_sums(held)})
+        eqns.append(eqn)
+    body = jex.Jaxpr(constvars=inner.constvars, invars=inner.invars, outvars=inner.outvars, eqns=eqns, effects=inner.effects, debug_info=inner.debug_info)
+    return jex.ClosedJaxpr(body, consts_of(jaxpr)) if hasattr(jaxpr, "jaxpr") else body
+
+
 def check(jaxpr: Any) -> None:
     """Raise where a jaxpr is malformed."""
     jex.check_jaxpr(body_of(jaxpr))

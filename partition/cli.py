@@ -45,26 +45,11 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(what)
 
 
-def request(model: str, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A model's function and arguments; errors of the model's own are given in this package's form."""
-    from partition.pipeline import model as find
-
-    made = find(model)
-    if ":" in model:
-        return made()
-    try:
-        return made(**options)
-    except ValueError as error:
-        what, _, rest = str(error).partition("\n")
-        where, _, mend = rest.partition("\n")
-        raise PartitionError(what, where=where.partition(": ")[2] or model, mend=mend.partition(": ")[2].strip() or "check the options") from None
-
-
 def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, seed: int | None = None,
               dump: Path | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
     """Plan one request of a model by name; gives the plan and the arguments."""
     from partition import profiles
-    from partition.pipeline import plan
+    from partition.pipeline import plan, request
     from partition.pipeline import policy as find_policy
 
     profiles.cluster(cluster)  # wrong names are said before the model is built
@@ -120,9 +105,9 @@ def check_command(
             verdict, code = error.verdict, ExitCode.MISMATCH  # type: ignore[assignment]
     raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "versions": dict(made.versions)} | dataclasses.asdict(verdict), indent=1, default=str)
     if json_file is not None:
-        write(json_file, raw)
+        write(json_file.parent, {json_file.name: raw})
     if junit is not None:
-        write(junit, reporting.junit(made.title, verdict))
+        write(junit.parent, {junit.name: reporting.junit(made.title, verdict)})
     print(raw if as_json else verdict)
     raise typer.Exit(code)
 
@@ -137,6 +122,7 @@ def compare_command(
     from partition.bench import compare
     from partition.phases import tag
     from partition.pipeline import policy as find_policy
+    from partition.pipeline import request
     from partition.policies import POLICIES
     from partition.problem import pose
     from partition.profiles import cluster as find_cluster

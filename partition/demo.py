@@ -28,12 +28,11 @@ def demo(out: Path, *, random_init: bool, progress: Callable[[str], None]) -> st
     runner = execution.prepare(small.stages, progress=progress)
     progress("run cut and uncut, compare")
     verdict = equivalence.check(small.stages, *args, runner=runner)
-    tokens, record = runner.run(runner.load(*args))
-    moved, planned = sum(m.nbytes for m in record.moved), sum(small.estimate.link_bytes.values())
+    tokens = runner(*args)
     return "\n\n".join([
         answer.sentence, _part(big), reporting.alternatives_table(answer),
         f"--- and one that runs here: {note} ---\n{_part(small)}", f"the model wrote: {say(tokens)}",
-        f"numerics: {verdict}\nbytes that crossed: {moved:,} moved, {planned:,.0f} planned",
+        f"numerics: {verdict}",
         f"wrote {out}/llama-3.1-70b and {out}/smollm2-135m: plan.json, report.html, trace.json (open it in ui.perfetto.dev)",
         "next:\n  partition compare llama-3.1-70b --cluster trn2_efa_4cs3\n  partition check tiny --cluster trn2_efa_4cs3 --policy random\n"
         "  partition plan llama-3.1-8b --cluster trn2_efa_cs3 --objective usd_per_mtok --out out/8b",

@@ -67,6 +67,7 @@ class Walk:
         self.tensors = stages.program.graph.tensors
         self.env: dict[Value, dict[int, Any]] = {}
         self.made: dict[int, list[Value]] = {}
+        self.trips: int | None = None  # of a cut loop, once it has run
 
     def put(self, value: Value, mesh: int, array: Any) -> None:
         """Note that an array lies on a mesh."""
@@ -158,6 +159,7 @@ class Walk:
             trip += 1
             if plan.cond is not None:
                 self.rebind(needed, carry, inside)
+        self.trips = trip
         self.finish(plan, stacks, inner[0].mesh, rebound=plan.cond is not None or not trip)
         self.forget(inside)
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from partition import _jax
+from partition.dispatch import transfers
 from partition.errors import EquivalenceError
 from partition.execution import Record, Runner, _bind, prepare, strict_options
 from partition.graph import Item, Op, Role, Value, reads, writes
@@ -101,7 +102,8 @@ def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, f
 class Verdict:
     """outputs and boundaries: every comparison. culprit: the first op or transfer that diverges, where something does.
 
-    not_shown: what a run on these stand-ins cannot tell. moved_bytes: what really crossed between meshes.
+    not_shown: what a run on these stand-ins cannot tell. moved_bytes and planned_bytes: what really crossed between meshes, and what
+    the plan says crosses; they differ where a token loop that may stop early ran `trips` times and not as often as planned.
     """
 
     equal: bool
@@ -112,6 +114,9 @@ class Verdict:
     not_shown: tuple[str, ...]
     stages: int
     moved_bytes: int
+    planned_bytes: int
+    trips: int | None
+    planned_trips: int
     seconds: float
     options: Mapping[str, Any]
 
@@ -121,8 +126,14 @@ class Verdict:
         lines = [f"{word}: {len(self.outputs)} outputs, {len(self.boundaries)} values at stage boundaries ({exact} bit for bit), {self.stages} stages"]
         lines += [f"  {d}" for d in self.outputs]
         lines += [f"  boundary {d}" for d in self.boundaries if not d.equal][:5]
+        lines.append(f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}")
         lines += [f"  first divergence: {self.culprit}"] if self.culprit else []
         return "\n".join([*lines, *(f"  not shown: {n}" for n in self.not_shown)])
+
+
+    def _stopped(self) -> str:
+        early = self.trips is not None and self.trips < self.planned_trips
+        return f": the token loop ended by itself after {self.trips} of {self.planned_trips} trips" if early else ""
 
 
 def check(stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[str, float] | None = None, trips: int = 2, runner: Runner | None = None) -> Verdict:
@@ -144,7 +155,8 @@ def check(stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[st
     equal = all(d.equal for d in outputs) and culprit is None
     verdict = Verdict(
         equal=equal, bitwise=equal and all(d.bitwise for d in outputs), outputs=outputs, boundaries=boundaries, culprit=culprit,
-        not_shown=_not_shown(stages), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), seconds=record.seconds,
+        not_shown=_not_shown(stages), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
+        trips=record.trips, planned_trips=stages.problem.workload.trips, seconds=record.seconds,
         options=dict(strict_options()) if strict else {},
     )  # fmt: skip
     if not equal:

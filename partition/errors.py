@@ -20,6 +20,12 @@ class ExitCode(enum.IntEnum):
     CRASH = 4
 
 
+def told(error: BaseException) -> str:
+    """An exception in one line: its type, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 class PartitionError(Exception):
     """Root of the tree. `what` is one sentence, `where` a file, field, op or argument, `mend` what to do about it."""
 

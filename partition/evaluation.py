@@ -186,6 +186,9 @@ def verify(problem: Problem, placement: Any) -> Placement:
     if mesh.shape != (len(problem),):
         raise PlacementError(f"the placement has {mesh.size} entries, the problem {len(problem)} nodes", where="placement",
                              mend="give one mesh number for each node, in the problem's order")  # fmt: skip
+    if mesh.dtype.kind not in "iu":
+        raise PlacementError(f"mesh numbers are whole numbers, the placement holds {mesh.dtype}", where="placement",
+                             mend="return problem.placement(array of mesh numbers)")  # fmt: skip
     foreign = [n for n in range(len(problem)) if any(not 0 <= m < len(problem.meshes) for m in placement.of(n))]
     if foreign or set(placement.also) - set(range(len(problem))):
         n = foreign[0] if foreign else max(placement.also)

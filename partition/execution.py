@@ -60,13 +60,14 @@ class Moved:
 class Record:
     """What a run did: transfers in order, and seconds until all was done.
 
-    kept and read: outputs and inputs of stages on the host, where asked for, by (stage id, trip, value).
+    trips: how often the body of a cut token loop ran, None where no loop is cut. kept and read: outputs and inputs of stages on the host, where asked for, by (stage id, trip, value).
     """
 
     moved: tuple[Moved, ...]
     kept: Mapping[tuple[int, int, Value], np.ndarray]
     read: Mapping[tuple[int, int, Value], np.ndarray]
     seconds: float
+    trips: int | None = None
 
     def bytes_between(self, src: int, dst: int) -> int:
         """Bytes that went from one mesh to another."""
@@ -153,7 +154,8 @@ class Runner:
         self.unique = len(seen)
 
     def _build(self, stage: Stage, inner: Any, ins: Sequence[NamedSharding], outs: Sequence[NamedSharding]) -> Callable[..., Any]:
-        fn = _jax.as_function(stage.jaxpr)
+        shared = self.meshes[stage.mesh].size > 1
+        fn = _jax.as_function(_jax.wide_sums(stage.jaxpr) if shared else stage.jaxpr)
         jitted = jax.jit(fn, in_shardings=tuple(ins), out_shardings=list(outs), donate_argnums=stage.donated, compiler_options=self.options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
@@ -181,7 +183,7 @@ class Runner:
             home = min(walk.env.get((t, None)) or {min(self.meshes): None})
             results.append(walk.fetch((t, None), home))
         jax.block_until_ready(results)
-        record = Record(moved=tuple(machine.moved), kept=machine.kept, read=machine.read, seconds=time.perf_counter() - start)
+        record = Record(moved=tuple(machine.moved), kept=machine.kept, read=machine.read, seconds=time.perf_counter() - start, trips=walk.trips)
         return jax.tree_util.tree_unflatten(self.program.entry.out_tree, results), record
 
     def __call__(self, *args: Any) -> Any:

@@ -127,6 +127,13 @@ class Cluster:
     meshes: tuple[Mesh, ...]
     edges: tuple[Edge, ...]
 
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.title}"]
+        lines += [f"  mesh {m.name}: {m.count} x {m.device.title}, {m.capacity / 1e9:,.0f} GB usable, $ {m.price * 3600:,.2f} per hour" for m in self.meshes]
+        joined = {tuple(sorted((e.src, e.dst))): e for e in self.edges}
+        lines += [f"  link {a} - {b}: {e.link.title}, {e.beta / 1e9:,.3g} GB/s, {float(e.link.alpha) * 1e6:,.3g} us" for (a, b), e in sorted(joined.items())]
+        return "\n".join(lines)
+
     def mesh(self, name: str) -> Mesh:
         """The mesh of that name; raises KeyError."""
         return next(m for m in self.meshes if m.name == name)

@@ -16,6 +16,7 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ import numpy as np
 
 from partition import profiles
 from partition.bounds import Bound, lower_bound
-from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError
+from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, told
 from partition.evaluation import Estimate, evaluate, verify
 from partition.flow import Flow, Resident
 from partition.hardware import Cluster
@@ -74,14 +75,10 @@ class Plan:
         return text(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write plan.json, report.html and trace.json into a folder, each whole or not at all. Raises OutputError."""
+        """Write plan.json, report.html and trace.json into a folder, all of them or none. Raises OutputError."""
         from partition.reporting import html, trace_events
 
-        folder = Path(folder)
-        write(folder / "plan.json", json.dumps(to_json(self), indent=1))
-        write(folder / "report.html", html(self))
-        write(folder / "trace.json", json.dumps(trace_events(self)))
-        return folder
+        return write(folder, {"plan.json": json.dumps(to_json(self), indent=1), "report.html": html(self), "trace.json": json.dumps(trace_events(self))})
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -94,20 +91,27 @@ class Plan:
             raise OutputError(f"the plan cannot be read: {type(error).__name__}: {error}", where=str(path), mend="name a plan.json that `partition plan` wrote") from None
 
 
-def write(path: Path, content: str) -> None:
-    """Write a file whole or not at all. Raises OutputError where the folder is not writable."""
-    temporary = None
+def write(folder: str | Path, files: Mapping[str, str]) -> Path:
+    """Write files into a folder, all of them or none. Raises OutputError where that cannot be."""
+    folder, temporary = Path(folder), dict[str, str]()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            handle, temporary[name] = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            with os.fdopen(handle, "w") as file:
+                file.write(content)
+            os.chmod(temporary[name], 0o644)
+            if (folder / name).is_dir():
+                raise IsADirectoryError(0, f"{name} is a folder there")
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path.name}: {error.strerror}", where=str(path.parent), mend="name a folder that you may write to") from None
+        why = "it is a file, not a folder" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise OutputError(f"cannot write {', '.join(files)}: {why}", where=str(folder), mend="name a folder that you may write to") from None
+    finally:
+        for path in temporary.values():
+            Path(path).unlink(missing_ok=True)
+    return folder
 
 
 def _named(group: str, name: str, known: Mapping[str, Any], kind: str) -> Any:
@@ -121,17 +125,22 @@ def _named(group: str, name: str, known: Mapping[str, Any], kind: str) -> Any:
         module, _, attr = name.partition(":")
         sys.path.insert(0, os.getcwd())
         try:
-            return getattr(importlib.import_module(module), attr)
-        except (ImportError, AttributeError) as error:
-            raise NameUnknownError(f"{kind} {name!r} cannot be imported: {error}", where=name, mend="write module:attribute of something importable from here") from None
+            return functools.reduce(getattr, attr.split("."), importlib.import_module(module))
+        except (Exception, SystemExit) as error:
+            raise NameUnknownError(f"{kind} {name!r} cannot be imported: {told(error)}", where=user_line(error),
+                                   mend="write module:attribute of something that imports from here") from None  # fmt: skip
         finally:
-            sys.path.pop(0)
+            sys.path.remove(os.getcwd())
     raise NameUnknownError.among(kind, name, [*known, *points], mend="or name your own as module:attribute")
 
 
 def policy(name: str | Policy) -> Policy:
-    """A policy by name, entry point or module:attr; a callable is itself. Raises NameUnknownError."""
-    return name if callable(name) else _named("partition.policies", name, POLICIES, "policy")
+    """A policy by name, entry point or module:attr; a callable is itself. Raises NameUnknownError, PlacementError."""
+    found = name if callable(name) else _named("partition.policies", name, POLICIES, "policy")
+    if not callable(found):
+        raise PlacementError(f"policy {name!r} is {type(found).__name__}, which cannot be called", where=str(name),
+                             mend="a policy takes a Problem and returns problem.placement(mesh numbers)")  # fmt: skip
+    return found
 
 
 def model(name: str) -> Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -152,6 +161,36 @@ def _models_guard(name: str) -> Any:
                                mend="if a folder called 'models' of yours hides the package's, rename it or start `partition` from elsewhere") from None  # fmt: skip
 
 
+def request(name: str, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A model's function and arguments, by name with options, or from a module:callable that takes none.
+
+    Raises NameUnknownError; PartitionError where the model refuses or gives something else.
+    """
+    made = model(name)
+    mend = "module:callable names a function without arguments that gives (fn, args): a callable, and the tuple of its arguments"
+    if not callable(made):
+        raise PartitionError(f"model {name!r} is {type(made).__name__}, which cannot be called", where=name, mend=mend)
+    try:
+        given = made() if ":" in name else made(**options)
+    except PartitionError:
+        raise
+    except (Exception, SystemExit) as error:
+        what, where, own = (getattr(error, part, "") for part in ("what", "where", "mend"))
+        if what and own:  # the model's own error, in the same three parts
+            raise PartitionError(what, where=where, mend=own) from None
+        raise PartitionError(f"model {name!r} raised {told(error)}", where=user_line(error), mend=mend) from error
+    match given:
+        case (fn, tuple() as args) if callable(fn):
+            return fn, args
+    raise PartitionError(f"model {name!r} gave {type(given).__name__}, not (fn, args)", where=name, mend=mend)
+
+
+def user_line(error: BaseException) -> str:
+    """Where an exception came from: the last line of its traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno} ({last.name})"
+
+
 def model_names() -> list[str]:
     """Names of the models that entry points register."""
     return sorted(p.name for p in importlib.metadata.entry_points(group="partition.models"))
@@ -164,8 +203,8 @@ def place(problem: Problem, how: str | Policy, **options: Any) -> Placement:
         placement = chosen(problem, **options)
     except PartitionError:
         raise
-    except Exception as error:
-        raise PlacementError(f"the policy raised {type(error).__name__}: {error}", where=getattr(chosen, "__name__", str(how)),
+    except (Exception, SystemExit) as error:
+        raise PlacementError(f"the policy raised {told(error)}", where=f"{getattr(chosen, '__name__', how)} at {user_line(error)}",
                              mend="a policy takes a Problem and returns problem.placement(mesh numbers)") from error  # fmt: skip
     return verify(problem, placement)
 
@@ -205,8 +244,7 @@ def plan(
     if dump is not None:
         from partition.reporting import dumps
 
-        for name, content in dumps(made):
-            write(Path(dump) / name, content)
+        write(dump, dict(dumps(made)))
     return made
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from partition.coarsen import Block, coarsen, share
 from partition.costs import Cost, costs
-from partition.errors import NameUnknownError, PlacementError
+from partition.errors import NameUnknownError, PlacementError, WorkError
 from partition.flow import Flow, Resident, flows
 from partition.graph import Role, Value
 from partition.hardware import Cluster
@@ -125,7 +125,11 @@ class Problem:
     def placement(self, mesh: Sequence[int] | np.ndarray) -> Placement:
         """A placement from one mesh number a node. Pinned nodes go where they are pinned, and nodes that both phases need are
         replicated to every mesh that reads them."""
-        array = np.asarray(mesh, dtype=np.int64).copy()
+        given = np.asarray(mesh)
+        if given.size and given.dtype.kind not in "iub":
+            raise PlacementError(f"mesh numbers are whole numbers, the placement holds {given.dtype}", where="placement",
+                                 mend=f"give the number of a mesh, 0 to {len(self.meshes) - 1}, for each node")  # fmt: skip
+        array = given.astype(np.int64)
         if array.shape != (len(self),):
             raise PlacementError(f"the placement has {array.size} entries, the problem {len(self)} nodes", where="placement",
                                  mend="give one mesh number for each node, in the problem's order")  # fmt: skip
@@ -161,6 +165,10 @@ def pose(
     """
     if objective not in OBJECTIVES:
         raise NameUnknownError.among("objective", objective, OBJECTIVES)
+    if level not in ("block", "op"):
+        raise NameUnknownError.among("level", str(level), ("block", "op"))
+    if trips is not None and trips < 0:
+        raise WorkError(f"a loop cannot run {trips} times", where="pose(trips=...)", mend="give the number of trips, from 0")
     graph, weights = phases.program.graph, is_weight(phases.program)
     loop = phases.token_loop
     runs = loop_trips(loop, graph, trips) if loop is not None else 0

@@ -8,7 +8,9 @@ itself first.
 from __future__ import annotations
 
 import importlib.resources
+import math
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,13 +32,17 @@ def _quantity(dimension: str) -> Any:
         mend = _MEND.format(example=_EXAMPLES[dimension])
         if not isinstance(raw, dict):
             raise ValueError(f"expected a number with kind and source, got {raw!r}; {mend}")
-        if missing := [key for key in ("value", "kind", "source") if not raw.get(key)]:
+        if missing := [key for key in ("value", "kind", "source") if not str(raw.get(key, "")).strip()]:
             raise ValueError(f"the number has no {' and no '.join(missing)}; {mend}")
         if extra := set(raw) - {"value", "kind", "source", "note"}:
             raise ValueError(f"unknown key {sorted(extra)[0]!r} beside value, kind and source")
+        if not isinstance(raw["source"], str) or not isinstance(raw.get("note", ""), str):
+            raise ValueError(f"source and note are text, got {raw['source']!r}")
         if raw["kind"] not in list(Kind):
             raise ValueError(f"kind {raw['kind']!r} is none of {', '.join(Kind)}")
         value = units.parse(raw["value"], dimension)
+        if not math.isfinite(value):
+            raise ValueError(f"a {dimension} is a finite number, got {raw['value']!r}")
         if dimension == "fraction" and not 0 < value <= 1:
             raise ValueError(f"a share lies above 0 and at most at 1, got {raw['value']!r}")
         if value == 0 and dimension not in ("price per byte", "price", "time"):
@@ -44,6 +50,19 @@ def _quantity(dimension: str) -> Any:
         return Quantity(value=value, kind=Kind(raw["kind"]), source=raw["source"])
 
     return Annotated[Quantity, BeforeValidator(read), Field(json_schema_extra={"x-dimension": dimension})]
+
+
+DTYPES = ("float64", "float32", "tfloat32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int32", "int8", "int4")
+"""What a peak may be stated for."""
+
+Name = Annotated[str, Field(pattern=r"\S")]
+"""Text that is not blank."""
+
+
+def _known_dtypes(peak: dict[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(set(peak) - set(DTYPES)):
+        raise ValueError(f"no dtype is called {unknown[0]!r}; known: {', '.join(DTYPES)}")
+    return peak
 
 
 class _Strict(BaseModel):
@@ -57,9 +76,9 @@ class _Memory(_Strict):
 
 
 class _Device(_Strict):
-    name: str
-    title: str
-    peak: dict[str, _quantity("compute")] = Field(min_length=1)  # type: ignore[valid-type]
+    name: Name
+    title: Name
+    peak: Annotated[dict[str, _quantity("compute")], BeforeValidator(_known_dtypes), Field(min_length=1)]  # type: ignore[valid-type]
     memory: _Memory
     compute_efficiency: _quantity("fraction")  # type: ignore[valid-type]
     memory_efficiency: _quantity("fraction")  # type: ignore[valid-type]
@@ -69,16 +88,16 @@ class _Device(_Strict):
 
 
 class _Link(_Strict):
-    name: str
-    title: str
+    name: Name
+    title: Name
     alpha: _quantity("time")  # type: ignore[valid-type]
     beta: _quantity("bandwidth")  # type: ignore[valid-type]
     price: _quantity("price per byte")  # type: ignore[valid-type]
 
 
 class _Mesh(_Strict):
-    name: str
-    device: str
+    name: Name
+    device: Name
     count: int = Field(ge=1)
     stand_in: int = Field(ge=1)
     fabric: str | None = None
@@ -93,8 +112,8 @@ class _Edge(_Strict):
 
 
 class _Cluster(_Strict):
-    name: str
-    title: str
+    name: Name
+    title: Name
     meshes: list[_Mesh] = Field(min_length=1)
     links: list[_Edge] = []
 
@@ -138,9 +157,11 @@ def _line(text: str, location: tuple[Any, ...]) -> int:
 def _read(path: Path, table: Table) -> Any:
     """Read and validate one profile; every fault of the file is in the one ProfileError."""
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except OSError as error:
         raise ProfileError(f"the profile cannot be read: {error.strerror}", where=str(path), mend="check the path") from None
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"the profile is not UTF-8 text: {error.reason}", where=f"{path}, byte {error.start}", mend="save the file as UTF-8") from None
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -170,7 +191,9 @@ def _index(folder: Path) -> dict[str, dict[str, Path]]:
     """Table -> name -> file, for every profile of a folder."""
     index: dict[str, dict[str, Path]] = {table: {} for table in _TABLES}
     for path in sorted(folder.glob("*.toml")):
-        for line in path.read_text().splitlines():
+        if not path.is_file():
+            continue
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             table = line.strip().strip("[]")
             if line.startswith("[") and table in index:
                 index[table][path.stem] = path
@@ -204,6 +227,13 @@ def link(name: str, beside: Path | None = None) -> Link:
     return Link(**dict(_read(_find(name, "link", beside), "link")))
 
 
+def _named_by(where: str, read: Callable[[str, Path | None], Any], name: str, beside: Path) -> Any:
+    try:
+        return read(name, beside)
+    except NameUnknownError as error:
+        raise ProfileError(error.what, where=where, mend=error.mend) from None
+
+
 def cluster(name: str) -> Cluster:
     """Read a cluster profile, its devices and its links, by name or path.
 
@@ -214,29 +244,34 @@ def cluster(name: str) -> Cluster:
     raw, beside = _read(path, "cluster"), path.parent
     members: dict[str, list[str]] = {}
     meshes: list[Mesh] = []
-    text = path.read_text()
+    text = path.read_text("utf-8")
     for i, m in enumerate(raw.meshes):
         where = f"{path}:{_line(text, ('cluster', 'meshes', i))}: cluster.meshes.{i}"
         if m.name in members:
             raise ProfileError(f"two meshes are called {m.name!r}", where=where, mend="give each mesh a name of its own, or use copies = <n>")
         members[m.name] = [m.name] if m.copies == 1 else [f"{m.name}.{i}" for i in range(m.copies)]
-        fabric = link(m.fabric, beside) if m.fabric else None
+        if m.stand_in > m.count:
+            raise ProfileError(f"{m.stand_in} host devices cannot stand for {m.count} of mesh {m.name!r}", where=f"{where}.stand_in",
+                               mend="let at most one host device stand for each device")  # fmt: skip
+        fabric = _named_by(f"{where}.fabric", link, m.fabric, beside) if m.fabric else None
         if m.count > 1 and fabric is None:
             raise ProfileError(f"mesh {m.name!r} joins {m.count} devices by no fabric", where=where,
                                mend="name the link inside the mesh: fabric = \"...\"")  # fmt: skip
-        try:
-            made = device(m.device, beside)
-        except NameUnknownError as error:
-            raise ProfileError(error.what, where=f"{where}.device", mend=error.mend) from None
+        made = _named_by(f"{where}.device", device, m.device, beside)
         meshes += [Mesh(name=n, device=made, count=m.count, stand_in=m.stand_in, fabric=fabric) for n in members[m.name]]
     edges: dict[tuple[str, str], Edge] = {}
     for i, e in enumerate(raw.links):
+        at = f"{path}:{_line(text, ('cluster', 'links', i))}: cluster.links.{i}.between"
         if unknown := [m for m in e.between if m not in members]:
-            raise ProfileError(f"a link joins {unknown[0]!r}, which is no mesh of this cluster", where=f"{path}:{_line(text, ('cluster', 'links', i))}: cluster.links.{i}.between",
+            raise ProfileError(f"a link joins {unknown[0]!r}, which is no mesh of this cluster", where=at,
                                mend=f"use the names under [[cluster.meshes]]: {', '.join(members)}")  # fmt: skip
-        made_link = link(e.link, beside)
+        if e.between[0] == e.between[1] and len(members[e.between[0]]) == 1:
+            raise ProfileError(f"a link joins {e.between[0]!r} with itself", where=at, mend="what joins the devices of one mesh is its fabric")
+        made_link = _named_by(at.replace(".between", ".link"), link, e.link, beside)
         a, b = (members[m] for m in e.between)
         pairs = [(x, y) for k, x in enumerate(a) for j, y in enumerate(b) if x != y and (not e.chain or abs(k - j) == 1)]
+        if twice := next((pair for pair in pairs if pair in edges), None):
+            raise ProfileError(f"two links join {twice[0]!r} and {twice[1]!r}", where=at, mend="keep one of them: a link serves both directions")
         for x, y in pairs:
             edges[x, y] = Edge(src=x, dst=y, link=made_link, ingest=e.ingest)
             edges[y, x] = Edge(src=y, dst=x, link=made_link, ingest=e.ingest)

@@ -97,6 +97,35 @@ def test_a_stale_value_is_named_as_arriving_wrong(monkeypatch: pytest.MonkeyPatc
         check(stages, *args)
 
 
+def test_narrow_contractions_over_several_devices_are_summed_wide() -> None:
+    from jax.extend import core as jex
+
+    from partition import _jax
+
+    def fn(x, w):  # type: ignore[no-untyped-def]
+        h = jax.jit(lambda a: a @ w)(x)
+        h = jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), h, None, length=3)[0]
+        return jax.lax.cond(h.sum() > 0, lambda a: a @ w, lambda a: a * 2, h), (h.astype(jnp.float32) @ w.astype(jnp.float32))
+
+    args = [np.linspace(-1, 1, 64).reshape(8, 8).astype(jnp.bfloat16) * s for s in (1, -0.5)]
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    wide = _jax.wide_sums(jaxpr)
+    _jax.check(wide)
+    assert str(wide).count("preferred_element_type=float32") == 4 and "preferred_element_type=bfloat16" not in str(wide)
+    for a, b in zip(jex.jaxpr_as_fun(jaxpr)(*args), jex.jaxpr_as_fun(wide)(*args), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-2, atol=2e-2)
+
+
+def test_a_loop_that_stops_early_is_said_to() -> None:
+    problem, args = posed("trn2_efa_4cs3", loop="while", eos=5)
+    tokens = np.asarray(uncut(problem.phases.program)(*args))  # type: ignore[union-attr]
+    problem, args = posed("trn2_efa_4cs3", loop="while", eos=int(tokens[0, 1]))
+    stages = cut(problem.phases.program, POLICIES["alternating"](problem))  # type: ignore[union-attr]
+    verdict = check(stages, *args)
+    assert verdict.trips == 1 < verdict.planned_trips and verdict.moved_bytes < verdict.planned_bytes
+    assert f"ended by itself after 1 of {verdict.planned_trips} trips" in str(verdict)
+
+
 def test_comparison_sees_nan_infinity_shape_and_one_ulp() -> None:
     a = np.array([1.0, np.nan, np.inf, 0.0], np.float32)
     assert compare("x", a, a.copy()).bitwise

@@ -179,7 +179,10 @@ def test_llama3_rope_scaling_is_read_from_either_form(parameters):
     ("change", "said"),
     [({"model_type": "gemma"}, "model_type='gemma'"), ({"attention_bias": True}, "attention_bias=True"), ({"mlp_bias": True}, "mlp_bias=True"),
      ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-     ({"hidden_act": "gelu"}, "hidden_act='gelu'"), ({"hidden_size": None}, "no key 'hidden_size'")],
+     ({"hidden_act": "gelu"}, "hidden_act='gelu'"), ({"hidden_size": None}, "no key 'hidden_size'"),
+     ({"num_hidden_layers": 0}, "layers = 0"), ({"num_hidden_layers": -1}, "layers = -1"), ({"num_attention_heads": 0}, "division"),
+     ({"rope_theta": "x"}, "rope_theta = 'x'"), ({"num_key_value_heads": 3}, "KV heads"), ({"rms_norm_eps": "null"}, "norm_eps"), ({"head_dim": 7}, "size 7"),
+     ({"rope_scaling": [1]}, r"rotary part is \[1\]"), ({"vocab_size": 2.5}, "vocab = 2.5"), ({"hidden_size": "big"}, "")],
 )  # fmt: skip
 def test_a_config_outside_the_family_is_refused(tmp_path, change, said):
     save(tmp_path)
@@ -211,6 +214,16 @@ def test_a_truncated_file_of_a_folder_is_named(tmp_path, file, kept):
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(ModelError, match=f"{file}(.|\n)*where:.*{tmp_path.name}(.|\n)*mend:"):
+        llama.load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"3", b"\xff\xfe", b"{\"weight_map\": [1]}", None], ids=str)
+def test_a_json_file_of_another_form_is_named(tmp_path, file, content):
+    save(tmp_path)
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir() if content is None else (tmp_path / file).write_bytes(content)
+    with pytest.raises(ModelError, match=f"where:.*{tmp_path.name}(.|\n)*mend:"):
         llama.load(tmp_path)
 
 

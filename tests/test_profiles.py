@@ -163,6 +163,11 @@ FAULTS = [  # (what stands there, what is planted, where it must be found, the f
     ('"500 W"', '"0 W"', "[device.power]", "device.power", "of zero"),
     ('title = "Mine"', 'title = "Mine"\ncolour = "red"', "colour", "device.colour", "not permitted"),
     ('"80 %"\n', '"80 %"\ncolour = "red"\n', "[device.memory_efficiency]", "device.memory_efficiency", "unknown key 'colour'"),
+    ('"10 GB"', '"1e999 GB"', "capacity = {", "device.memory.capacity", "a finite number"),
+    (f'"90 %", {Q}', '"90 %", kind = "published", source = " "', "usable =", "device.memory.usable", "no source; write"),
+    (f'"90 %", {Q}', '"90 %", kind = "published", source = 3', "usable =", "device.memory.usable", "are text"),
+    ('title = "Mine"', 'title = " "', "title =", "device.title", "should match pattern"),
+    ("float32 =", "float33 =", "[device.peak]", "device.peak", "no dtype is called 'float33'"),
     ("[device.power]", "[device.powre]", "[device.powre]", "device.powre", "not permitted"),
 ]  # fmt: skip
 
@@ -219,6 +224,11 @@ JOINS = {
     "unknown device": ('device = "mine"\ncount = 1\nstand_in = 1\n\n', 'device = "trn3"\ncount = 1\nstand_in = 1\n\n',
                        ProfileError, "cluster.meshes.0.device", "did you mean 'trn2'", 'device = "trn3"'),
     "link to an unknown mesh": ('["a", "b"]', '["a", "c"]', ProfileError, "cluster.links", "a, b", "between"),
+    "a link to itself": ('["a", "b"]', '["a", "a"]', ProfileError, "cluster.links.0.between", "its fabric", "between"),
+    "two links": ("[[cluster.links]]", '[[cluster.links]]\nbetween = ["b", "a"]\nlink = "efa_v3"\n\n[[cluster.links]]', ProfileError, "cluster.links.1.between",
+                  "keep one", 'between = ["a", "b"]'),
+    "more stand-ins than devices": ("count = 1\nstand_in = 1\n\n", "count = 1\nstand_in = 2\n\n", ProfileError, "cluster.meshes.0.stand_in",
+                                    "at most one", "stand_in = 2"),
     "many devices, no fabric": ("count = 1\nstand_in = 1\n\n", "count = 4\nstand_in = 1\n\n", ProfileError, "cluster.meshes", "fabric =", "count = 4"),
 }  # fmt: skip
 
@@ -240,6 +250,16 @@ def test_planted_fault_between_profiles_names_file_and_line(tmp_path: Path, case
     with pytest.raises(error) as caught:
         load_cluster(tmp_path, text)
     assert any(f"ours.toml:{n}:" in caught.value.where for n in range(table, line_of(text, mark) + 1))
+
+
+def test_files_that_are_no_text_disturb_only_who_names_them(tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_bytes(b"[device]\nname = \"\xff\"")
+    (tmp_path / "folder.toml").mkdir()
+    assert load_cluster(tmp_path, CLUSTER).meshes
+    with pytest.raises(ProfileError, match="not UTF-8"):
+        profiles.device(str(tmp_path / "other.toml"))
+    with pytest.raises(ProfileError, match="cannot be read"):
+        profiles.device(str(tmp_path / "folder.toml"))
 
 
 def test_two_meshes_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""What users bring by name: policies and models of any wrong form are refused in three lines; outputs are written whole or not at all."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import posed
+
+from partition import pipeline
+from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, WorkError
+from partition.phases import tag
+from partition.pipeline import place, request, write
+from partition.problem import Problem, pose
+from partition.profiles import cluster
+from partition.program import trace
+
+MODULES = {
+    "mine_raises": "raise RuntimeError('at import')",
+    "mine_exits": "import sys\nsys.exit(0)",
+    "mine_broken": "def (:",
+    "mine": "number = 3\n"
+            "def needs(x): return x\n"
+            "def key(): return {}['a']\n"
+            "def none(): return None\n"
+            "def array(): return (lambda x: x, [1])\n"
+            "def leaves(): raise SystemExit(0)\n",
+}  # fmt: skip
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["mine_raises:x", "mine_exits:x", "mine_broken:x", "mine_absent:x", "mine:absent", ":x", "mine:", "mine:number.real.none"])
+@pytest.mark.parametrize("find", [pipeline.policy, request], ids=["policy", "model"])
+def test_a_module_that_does_not_give_the_name(own: Path, name: str, find: object) -> None:
+    before = list(sys.path)
+    with pytest.raises(NameUnknownError, match="cannot be imported") as error:
+        find(name)  # type: ignore[operator]
+    assert len(str(error.value).splitlines()) == 3 and sys.path == before
+
+
+@pytest.mark.parametrize(("attr", "says"), [
+    ("number", "cannot be called"), ("needs", "TypeError"), ("key", "KeyError"), ("none", "gave NoneType"), ("array", r"not \(fn, args\)"),
+    ("leaves", "SystemExit"),
+])  # fmt: skip
+def test_a_model_of_another_form(own: Path, attr: str, says: str) -> None:
+    with pytest.raises(PartitionError, match=says) as error:
+        request(f"mine:{attr}")
+    assert len(str(error.value).splitlines()) == 3 and "(fn, args)" in error.value.mend
+
+
+def test_the_models_own_error_keeps_its_three_parts() -> None:
+    with pytest.raises(PartitionError, match="batch 0") as error:
+        request("tiny", batch=0)
+    assert "batch >= 1" in error.value.mend
+
+
+def raises(problem: Problem) -> None:
+    raise ValueError("first line\nsecond line")
+
+
+def exits(problem: Problem) -> None:
+    sys.exit(0)
+
+
+@pytest.mark.parametrize(("policy", "says"), [
+    (raises, "ValueError: first line$"), (exits, "SystemExit: 0"), (lambda p: None, "returned NoneType"),
+    (lambda p: p.placement(np.zeros(len(p))), "whole numbers, the placement holds float64"),
+    (lambda p: p.placement(np.full(len(p), np.nan)), "float64"), (lambda p: p.placement(["a"] * len(p)), "whole numbers"),
+    (lambda p: p.placement([0] * (len(p) - 1)), "entries"), (lambda p: p.placement([99] * len(p)), "does not have"),
+    (lambda p: p.placement([-1] * len(p)), "does not have"),
+], ids=range(9))  # fmt: skip
+def test_policies_that_fail(policy: pipeline.Policy, says: str) -> None:
+    with pytest.raises(PlacementError) as error:
+        place(posed()[0], policy)
+    import re
+
+    assert re.search(says, error.value.what) and len(str(error.value).splitlines()) == 3
+
+
+def test_a_policy_that_cannot_be_called(own: Path) -> None:
+    with pytest.raises(PlacementError, match="cannot be called"):
+        pipeline.policy("mine:number")
+
+
+def test_pose_holds_its_arguments() -> None:
+    phases = posed()[0].phases
+    assert phases is not None
+    with pytest.raises(NameUnknownError, match="level called 'ops'"):
+        pose(phases, cluster("trn2_only"), level="ops")  # type: ignore[arg-type]
+    with pytest.raises(WorkError, match="-1 times"):
+        pose(tag(trace(lambda x: x + 1, np.zeros(3))), cluster("trn2_only"), trips=-1)
+
+
+def test_files_are_written_all_or_none(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OutputError, match="b is a folder"):
+        write(tmp_path, {"a": "new", "b": "new", "c": "new"})
+    assert (tmp_path / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a", "b"]
+    write(tmp_path, {"a": "new", "c": "new"})
+    assert (tmp_path / "a").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+    with pytest.raises(OutputError, match="it is a file, not a folder"):
+        write(tmp_path / "a", {"x": ""})
+    with pytest.raises(OutputError, match="it is a file, not a folder"):
+        write(tmp_path / "a" / "deeper", {"x": ""})
