@@ -80,7 +80,7 @@ def run(dtype: str, strict: bool, degree: int, file: str) -> dict[str, Any]:
     program = pt.trace(requests[0][1], *requests[0][2])
     problem = pt.pose(pt.tag(program), machines)
     wafer = {"layers.0": 1, "layers.1": 1, "layers.2": 2}  # prefill stays on mesh 0; the head goes with layer 3
-    placement = problem.placement([0 if region == "top" else wafer.get(name.split("/")[0], 3)
+    placement = problem.placement([0 if region == "top" else wafer.get((name + "/").split("/")[1], 3)
                                    for name, region in zip(problem.names, problem.region, strict=True)])  # fmt: skip
     stages = pt.cut(program, placement)
     runner, whole = pt.prepare(stages, strict=strict), pt.uncut(program, strict=strict)

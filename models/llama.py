@@ -21,8 +21,7 @@ import numpy as np
 from flax import nnx
 
 from models.checkpoint import ModelError, gguf_config, gguf_name, hold_to_family, hold_to_numbers, open_gguf, open_safetensors, unpermute
-
-Make = Callable[[str, tuple[int, ...]], Any]  # (name, shape) -> an array or a ShapeDtypeStruct
+from models.generate import Loop, Make, generate, maker, request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,70 +237,6 @@ class Llama(nnx.Module):
         return self.forward(token[:, None], cache, pos)
 
 
-def choose(logits: jax.Array, key: jax.Array | None, temperature: float) -> tuple[jax.Array, jax.Array | None]:
-    """The next token [B] of logits [B, vocab]: the likeliest, or a sample where there is a key (which is then split)."""
-    if key is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
-    key, use = jax.random.split(key)
-    return jax.random.categorical(use, logits / temperature, axis=-1).astype(jnp.int32), key
-
-
-def generate(model, tokens, new_tokens, *, key=None, temperature=1.0, eos=None, loop="scan", logits=False):  # type: ignore[no-untyped-def]
-    """Prefill, then decode until `new_tokens` [B, new_tokens] are written; with `logits`, those of every step as well.
-
-    `loop="while"` stops early once every sequence has written `eos` (None: never); later places then hold `eos` or 0.
-    """
-    B, S = tokens.shape
-    first_logits, cache = model.prefill(tokens, S + new_tokens)
-    token, key = choose(first_logits, key, temperature)
-    if loop == "scan":
-
-        def step(carry, _):  # type: ignore[no-untyped-def]
-            token, pos, cache, key = carry
-            step_logits, cache = model.decode_step(token, cache, pos)
-            token, key = choose(step_logits, key, temperature)
-            return (token, pos + 1, cache, key), (token, step_logits if logits else None)
-
-        _, (rest, rest_logits) = jax.lax.scan(step, (token, jnp.int32(S), cache, key), None, length=new_tokens - 1)
-        out = jnp.concatenate([token[:, None], rest.T], axis=1)
-        return (out, jnp.concatenate([first_logits[None], rest_logits]).swapaxes(0, 1)) if logits else out
-
-    def going(carry):  # type: ignore[no-untyped-def]
-        i, _, done, *_ = carry
-        return (i < new_tokens) & ~jnp.all(done)
-
-    def advance(carry):  # type: ignore[no-untyped-def]
-        i, token, done, out, cache, key = carry
-        step_logits, cache = model.decode_step(token, cache, S + i - 1)
-        token, key = choose(step_logits, key, temperature)
-        token = token if eos is None else jnp.where(done, eos, token)
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
-        return i + 1, token, done if eos is None else done | (token == eos), out, cache, key
-
-    done = jnp.zeros(B, bool) if eos is None else token == eos
-    out = jnp.zeros((B, new_tokens), jnp.int32) if eos is None else jnp.full((B, new_tokens), eos, jnp.int32)
-    out = jax.lax.dynamic_update_slice(out, token[:, None], (0, 0))
-    return jax.lax.while_loop(going, advance, (jnp.int32(1), token, done, out, cache, key))[3]
-
-
-def shapes(dtype: str) -> Make:
-    """Make every parameter as a shape without numbers."""
-    return lambda name, shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-
-
-def numbers(dtype: str, seed: int) -> Make:
-    """Make every parameter as a NumPy array: ones for norms, else normal with standard deviation 1/sqrt(fan-in)."""
-    rng = np.random.default_rng(seed)
-
-    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if "norm" in name:
-            return np.ones(shape, jnp.dtype(dtype))
-        fan_in = shape[-1] if "embed" in name else shape[-2]
-        return (rng.standard_normal(shape, np.float32) / math.sqrt(fan_in)).astype(jnp.dtype(dtype))
-
-    return make
-
-
 def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
     """The Config of a config.json; raises ModelError for what this family does not compute and for missing keys."""
     rope = hold_to_family(meta, where)
@@ -350,7 +285,7 @@ def generation(
     weights: Make | None = None,
     dtype: str | None = None,
     layers: Literal["unrolled", "scanned"] = "unrolled",
-    loop: Literal["scan", "while"] = "scan",
+    loop: Loop = "scan",
     sample: bool = False,
     temperature: float = 1.0,
     eos: int | None = None,
@@ -366,29 +301,16 @@ def generation(
     cfg = config(name)
     if dtype is not None:
         cfg = dataclasses.replace(cfg, dtype=dtype)
-    ids = None if isinstance(prompt, int) else np.asarray(prompt, np.int32)
-    batch, length = (batch, prompt) if ids is None else ids.shape
-    if batch < 1 or length < 1 or new_tokens < 2:
-        raise ModelError(f"a request of batch {batch}, prompt {length} and {new_tokens} new tokens cannot be generated",
-                         where=f"generation({name!r})", mend="give batch >= 1, prompt >= 1 and new_tokens >= 2")  # fmt: skip
-    if logits and loop != "scan":
-        raise ModelError("logits are kept by the scan loop only", where=f"generation({name!r})", mend="pass loop='scan'")
-    make = weights or (shapes(cfg.dtype) if seed is None else numbers(cfg.dtype, seed))
-    if weights is not None and dtype is not None:
-        make = lambda name, shape: weights(name, shape).astype(jnp.dtype(dtype))  # noqa: E731
-    graphdef, state = nnx.split(Llama(cfg, make, scanned=layers == "scanned"))
+    concrete = weights is not None or seed is not None
+    inputs = request(cfg.vocab, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed, concrete=concrete, sample=sample, loop=loop, logits=logits)
+    graphdef, state = nnx.split(Llama(cfg, maker(cfg.dtype, dtype, seed, weights), scanned=layers == "scanned"))
 
     def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
         model = nnx.merge(graphdef, weights)
-        return generate(model, tokens, new_tokens, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
+        return generate(model.prefill, model.decode_step, tokens, new_tokens, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
 
     fn.__name__ = fn.__qualname__ = "generate"
-    concrete = weights is not None or seed is not None
-    rng = np.random.default_rng(0 if seed is None else seed)
-    if ids is None:
-        ids = rng.integers(0, cfg.vocab, (batch, length), np.int32) if concrete else jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    key = np.array([0, seed or 0], np.uint32) if concrete else jax.ShapeDtypeStruct((2,), jnp.uint32)
-    return fn, (state, ids, key) if sample else (state, ids)
+    return fn, (state, *inputs)
 
 
 def config(name: str | Config) -> Config:

@@ -113,15 +113,15 @@ def test_an_unrolled_llama_is_cut_between_attention_and_mlp(loop: str) -> None:
     parts = [f"layers.{i}/{part}" for i in range(3) for part in ("attn", "mlp")] + ["head"]
     for region, phase in (("top", Phase.PREFILL), ("body", Phase.DECODE)):
         mine = [b for b in blocks if b.region == region and b.phase is phase]
-        assert [b.scope for b in mine if any(op.primitive in CONTRACTIONS for op, _ in b.items)] == parts
+        assert [b.scope for b in mine if any(op.primitive in CONTRACTIONS for op, _ in b.items)] == [f"{phase}/{part}" for part in parts]
 
 
 @pytest.mark.parametrize("loop", ["scan", "while"])
 def test_scanned_layers_are_one_block_an_iteration(loop: str) -> None:
     phases, blocks = blocks_of("scanned", loop, "block")
-    for region in ("top", "body"):
+    for region, phase in (("top", "prefill"), ("body", "decode")):
         spans = [(len(b.items), b.items[0][1], b.scope) for b in blocks if b.region == region and b.items[0][1] is not None]
-        assert spans == [(1, (i, i + 1), f"layers[{i}:{i + 1}]") for i in range(3)]
+        assert spans == [(1, (i, i + 1), f"{phase}/layers[{i}:{i + 1}]") for i in range(3)]
     scans = [op for _, op in placed(phases) if op.loop is not None]
     assert len(scans) == 2 and all(layer_scan(op, is_weight(phases.program)) for op in scans)
 

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from models import checkpoint, llama
+from models import checkpoint, generate, llama
 from models.checkpoint import ModelError
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -116,7 +116,7 @@ def test_the_cache_changes_nothing_against_reading_the_whole_text_again(qk_norm)
                        rope_scaling=llama.RopeScaling(factor=8.0, original=16), dtype="float32")  # fmt: skip
     fn, args = llama.generation(cfg, seed=5, batch=2, prompt=7, new_tokens=NEW, logits=True)
     out, logits = jax.jit(fn)(*args)
-    graphdef, _ = nnx.split(llama.Llama(cfg, llama.shapes("float32")))
+    graphdef, _ = nnx.split(llama.Llama(cfg, generate.shapes("float32")))
     whole = jax.jit(lambda weights, text: nnx.merge(graphdef, weights).prefill(text, text.shape[1])[0])
     text = args[1]
     for i in range(NEW):

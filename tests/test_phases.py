@@ -17,7 +17,7 @@ import networkx as nx
 import pytest
 from jax import lax
 
-from models import llama
+from models import generate, llama
 from partition.errors import PhaseError
 from partition.graph import Op, bodies
 from partition.phases import CONTRACTIONS, Phase, Phases, tag
@@ -67,7 +67,7 @@ def test_phases_of_llama(form: Form) -> None:
     assert {phases.of[o.id] for o in (loop, *inside(loop))} == {Phase.DECODE}
     place = program.graph.ops.index(loop)
     before, after = program.graph.ops[:place], program.graph.ops[place + 1 :]
-    named = [o for o in before if o.scope.split("/")[0].split(".")[0] in ("embed", "layers", "head")]
+    named = [o for o in before if o.scope.startswith("prefill/") and o.scope.split("/")[1].split(".")[0] in ("embed", "layers", "head")]
     assert matmuls(named) == matmuls(before) == (LAYERS * MATMULS if unrolled else MATMULS) + 1
     assert {phases.of[o.id] for op in named for o in (op, *inside(op))} == {Phase.PREFILL}
     follows = nx.descendants(program.graph.nx, loop.id)  # putting the tokens together: no weights, so no phase
@@ -207,7 +207,7 @@ def forward(form: str) -> tuple[Any, tuple[Any, ...]]:
     from flax import nnx
 
     cfg = llama.config("tiny")
-    graphdef, state = nnx.split(llama.Llama(cfg, llama.shapes(cfg.dtype), scanned=form == "scanned"))
+    graphdef, state = nnx.split(llama.Llama(cfg, generate.shapes(cfg.dtype), scanned=form == "scanned"))
     return (lambda w, t: nnx.merge(graphdef, w).prefill(t, PROMPT)[0]), (state, struct(1, PROMPT, dtype=jnp.int32))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from models import llama
+from models import generate, llama
 from partition.graph import Op, Role
 from partition.phases import tag
 from partition.program import Program, trace
@@ -24,7 +24,7 @@ ODD = llama.Config(vocab=256, dim=72, layers=2, heads=9, kv_heads=3, head_dim=8,
 @functools.cache
 def prefill(name: str, form: str = "unrolled") -> Program:
     cfg = ODD if name == "odd" else llama.config(name)
-    graphdef, state = nnx.split(llama.Llama(cfg, llama.shapes(cfg.dtype), scanned=form == "scanned"))
+    graphdef, state = nnx.split(llama.Llama(cfg, generate.shapes(cfg.dtype), scanned=form == "scanned"))
     return trace(lambda w, t: nnx.merge(graphdef, w).prefill(t, PROMPT), state, jax.ShapeDtypeStruct((1, PROMPT), jnp.int32))
 
 

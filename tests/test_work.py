@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from models import llama
+from models import generate, llama
 from partition.errors import WorkError
 from partition.graph import Graph, Op, Role, Tensor
 from partition.phases import is_weight
@@ -194,7 +194,7 @@ def test_work_adds_up(a: Work, b: Work, n: int) -> None:
 @pytest.mark.parametrize(("name", "prompt"), [("tiny", 16), ("tiny", 96), ("smollm2-135m", 64)])
 def test_flops_of_a_prefill_agree_with_xla(name: str, prompt: int) -> None:
     cfg = llama.config(name)
-    graphdef, state = nnx.split(llama.Llama(cfg, llama.shapes(cfg.dtype)))
+    graphdef, state = nnx.split(llama.Llama(cfg, generate.shapes(cfg.dtype)))
     fn = lambda w, t: nnx.merge(graphdef, w).prefill(t, prompt)  # noqa: E731
     args = (state, struct(1, prompt, dtype=INT))
     program, found = works(fn, *args)
