@@ -193,6 +193,9 @@ def find_token_loop(program: Program, loop: int | None = None) -> tuple[Op | Non
             raise PhaseError(f"op {loop} is no loop of the top level", where=program.entry.name,
                              mend="loops there: " + (", ".join(f"{o.id} ({o.primitive})" for o in graph.ops if o.loop) or "none"))  # fmt: skip
         return op, (f"op {loop} is the token loop because the caller says so",)
+    if program.joint is not None:  # the request was made here: its token loop is the last thing that it does
+        op = next(o for o in reversed(graph.ops) if o.loop is not None and o.loop.trips == program.joint.trips)
+        return op, (f"token loop: op {op.id} ({op.primitive}), the decode callable once a token", *program.joint.how)
     found: list[tuple[Op, list[str]]] = []
     nested: list[Op] = []
     for op in graph.walk():

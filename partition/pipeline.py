@@ -35,6 +35,7 @@ from partition.problem import Placement, Problem
 from partition.workload import Workload
 
 if TYPE_CHECKING:
+    from partition.program import Program
     from partition.stages import Stages
 
 FORMAT = 1
@@ -210,11 +211,11 @@ def place(problem: Problem, how: str | Policy, **options: Any) -> Placement:
 
 
 def plan(
-    fn: Callable[..., Any], args: tuple[Any, ...], *, cluster: str | Cluster, policy: str | Policy = "phase_split", objective: str = "e2e",
+    fn: Callable[..., Any] | Program, args: tuple[Any, ...] = (), *, cluster: str | Cluster, policy: str | Policy = "phase_split", objective: str = "e2e",
     level: Literal["block", "op"] = "block", trips: int | None = None, title: str | None = None,
     progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
 ) -> Plan:  # fmt: skip
-    """Trace, tag, pose, place: a Plan for `fn(*args)` on a cluster (a name, a .toml path, or a Cluster).
+    """Trace, tag, pose, place: a Plan for `fn(*args)`, or for a Program, on a cluster (a name, a .toml path, or a Cluster).
 
     progress is told the name of each pass. dump: a folder for numbered files of every intermediate value.
     Raises PartitionError of many kinds, each with its mend.
@@ -232,7 +233,7 @@ def plan(
         return result
 
     machines = profiles.cluster(cluster) if isinstance(cluster, str) else cluster
-    traced = timed("trace", lambda: program.trace(fn, *args))
+    traced = fn if isinstance(fn, program.Program) else timed("trace", lambda: program.trace(fn, *args))
     tagged = timed("tag", lambda: phases.tag(traced))
     posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips))
     placed = timed("place", lambda: place(posed, policy))

@@ -20,6 +20,7 @@ import jax
 from partition import _jax
 from partition.errors import TraceError
 from partition.graph import Graph, Op, Role
+from partition.joint import Call, Joint, join
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,16 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What was traced. `fn` is kept to run the uncut program; `seconds` is how long JAX took to trace it."""
+    """What was traced. `fn` is kept to run the uncut program; `seconds` is how long JAX took to trace it.
+
+    Of separate prefill and decode callables: `args` are the leaves that the joined request takes, joint is how it was joined.
+    """
 
     fn: Callable[..., Any] = dataclasses.field(repr=False)
     entries: tuple[Entry, ...]
     seconds: float
+    args: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
+    joint: Joint | None = dataclasses.field(default=None, repr=False)
 
     @property
     def entry(self) -> Entry:
@@ -97,14 +103,25 @@ def host_devices(count: int) -> None:
 DEFAULT_HOST_DEVICES = 32
 
 
-def trace(fn: Callable[..., Any], *args: Any, weights: Collection[int] = (0,), name: str | None = None) -> Program:
-    """Trace `fn(*args)` into a Program.
+def trace(
+    fn: Callable[..., Any] | None = None, *args: Any, prefill: Call | None = None, decode: Call | Callable[..., Any] | None = None,
+    new_tokens: int = 32, feed: Callable[[Any, Any], tuple[Any, ...]] | None = None, weights: Collection[int] = (0,), name: str | None = None,
+) -> Program:  # fmt: skip
+    """Trace `fn(*args)` into a Program; or a request of two callables, `prefill=(fn, args), decode=(fn, args)`, or of one at two lengths.
 
-    args are pytrees of arrays or `jax.ShapeDtypeStruct`s. `weights` are the positions of the arguments that hold weights; the
-    others are inputs. Before the first JAX backend starts, CPU host devices are asked for, so that stages can run in this process.
-    Raises TraceError, naming the user's line, when `fn` cannot be traced.
+    args are pytrees of arrays or `jax.ShapeDtypeStruct`s, or Flax NNX modules. `weights` are the positions of the arguments that hold
+    weights; the others are inputs. Two callables share their first argument, the weights; how decode's other arguments are found, and
+    what `feed` says instead, is told in `partition.joint`. The request then takes `program.args`.
+    Before the first JAX backend starts, CPU host devices are asked for, so that stages can run in this process.
+    Raises TraceError, naming the user's line, when a callable cannot be traced, and the leaf that nothing feeds.
     """
     host_devices(DEFAULT_HOST_DEVICES)
+    joint = None
+    if fn is None or prefill is not None or decode is not None:
+        if fn is not None or prefill is None or decode is None:
+            raise TraceError("there is no function to trace", where="trace(...)", mend="give one function, or prefill= and decode= together")
+        joint = join(prefill, decode, new_tokens=new_tokens, feed=feed)
+        fn, args = joint.fn, joint.args
     called = name or str(getattr(fn, "__name__", "program"))
     leaves, in_tree = jax.tree_util.tree_flatten_with_path(args)
     start = time.perf_counter()
@@ -117,9 +134,11 @@ def trace(fn: Callable[..., Any], *args: Any, weights: Collection[int] = (0,), n
             mend="the function must be traceable by jax.make_jaxpr with these arguments: no Python branches on values, matching shapes",
         ) from error
     seconds = time.perf_counter() - start
-    roles = [
-        (Role.PARAM if path[0].idx in weights else Role.INPUT, _leaf_name(path, path[0].idx)) for path, _ in leaves
-    ]  # fmt: skip
+    if joint is not None:
+        known = list(zip(joint.paths, joint.weights, strict=True))
+    else:
+        known = [(path, path[0].idx in weights) for path, _ in leaves]
+    roles = [(Role.PARAM if weight else Role.INPUT, _leaf_name(path, path[0].idx)) for path, weight in known]
     if effects := sorted(map(str, _jax.body_of(jaxpr).effects)):
         raise TraceError(f"{called} has side effects that no stage can carry: {', '.join(effects)}",
                          where=called, mend="remove debug prints, callbacks and ordered effects before planning")  # fmt: skip
@@ -128,7 +147,7 @@ def trace(fn: Callable[..., Any], *args: Any, weights: Collection[int] = (0,), n
         name=called, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),
         in_avals=tuple(_jax.body_of(jaxpr).invars[i].aval for i in range(len(leaves))),
     )  # fmt: skip
-    return Program(fn=fn, entries=(entry,), seconds=seconds)
+    return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint)
 
 
 def _user_line(error: BaseException) -> str:
