@@ -41,29 +41,28 @@ def generate(
     """
     B, S = tokens.shape
     first = S if start is None else start
-    with jax.named_scope("prefill"):
-        first_logits, state = prefill(tokens, first + new_tokens)
-        token, key = choose(first_logits, key, temperature)
-        out = jnp.zeros((B, new_tokens), jnp.int32) if eos is None else jnp.full((B, new_tokens), eos, jnp.int32)
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, 0))
-        done = jnp.zeros(B, bool) if eos is None else token == eos
 
     def step(token: jax.Array, position: Any, state: Any, key: Any) -> tuple[Any, ...]:
         step_logits, state = decode_step(token, state, position)
         token, key = choose(step_logits, key, temperature)
         return token, position + 1, state, key, step_logits
 
+    with jax.named_scope("prefill"):
+        first_logits, state = prefill(tokens, first + new_tokens)
+        token, key = choose(first_logits, key, temperature)
     if loop == "scan":
 
         def scanned(carry: Any, _: None) -> tuple[Any, Any]:
-            with jax.named_scope("decode"):
-                *carry, step_logits = step(*carry)
-                return tuple(carry), (carry[0], step_logits if logits else None)
+            *carry, step_logits = step(*carry)
+            return tuple(carry), (carry[0], step_logits if logits else None)
 
-        _, (rest, rest_logits) = jax.lax.scan(scanned, (token, jnp.int32(first), state, key), None, length=new_tokens - 1)
+        with jax.named_scope("prefill"):
+            token_column, logits_row = token[:, None], first_logits[None] if logits else None
+        with jax.named_scope("decode"):
+            _, (rest, rest_logits) = jax.lax.scan(scanned, (token, jnp.int32(first), state, key), None, length=new_tokens - 1)
         with jax.named_scope("after"):
-            out = jnp.concatenate([token[:, None], rest.T], axis=1)
-            return (out, jnp.concatenate([first_logits[None], rest_logits]).swapaxes(0, 1)) if logits else out
+            out = jnp.concatenate([token_column, rest.T], axis=1)
+            return (out, jnp.concatenate([logits_row, rest_logits]).swapaxes(0, 1)) if logits else out
 
     def advance(i: Any, carry: Any) -> Any:
         token, done, out, state, key = carry
@@ -72,26 +71,16 @@ def generate(
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
         return token, done if eos is None else done | (token == eos), out, state, key
 
-    carry = (token, done, out, state, key)
-    if loop == "fori":
-
-        def one(i: Any, carry: Any) -> Any:
-            with jax.named_scope("decode"):
-                return advance(i, carry)
-
-        return jax.lax.fori_loop(1, new_tokens, one, carry)[2]
-
-    def going(counted: Any) -> Any:
-        with jax.named_scope("decode"):
-            i, (_, done, *_) = counted
-            return (i < new_tokens) & ~jnp.all(done)
-
-    def counted(counted: Any) -> Any:
-        with jax.named_scope("decode"):
-            i, carry = counted
-            return i + 1, advance(i, carry)
-
-    return jax.lax.while_loop(going, counted, (jnp.int32(1), carry))[1][2]
+    with jax.named_scope("prefill"):
+        out = jnp.zeros((B, new_tokens), jnp.int32) if eos is None else jnp.full((B, new_tokens), eos, jnp.int32)
+        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, 0))
+        done = None if eos is None else token == eos
+    with jax.named_scope("decode"):
+        done = jnp.zeros(B, bool) if done is None else done
+        carry = (token, done, out, state, key)
+        if loop == "fori":
+            return jax.lax.fori_loop(1, new_tokens, advance, carry)[2]
+        return jax.lax.while_loop(lambda c: (c[0] < new_tokens) & ~jnp.all(c[1][1]), lambda c: (c[0] + 1, advance(*c)), (jnp.int32(1), carry))[1][2]
 
 
 def shapes(dtype: str) -> Make:

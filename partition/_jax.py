@@ -18,7 +18,8 @@ from jax.extend import source_info_util
 
 from partition.graph import Graph, Loop, Op, Role, Span, Tensor, Value, itemsize, reads, writes
 
-_OPAQUE = frozenset({"scan", "while", "cond", "shard_map", "pallas_call", "custom_partitioning", "run_state", "custom_linear_solve"})
+OPAQUE = frozenset({"shard_map", "pallas_call", "ffi_call", "pure_callback", "custom_partitioning", "run_state", "custom_linear_solve"})
+"""Primitives that are never looked into to be cut."""
 _CALLEES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -41,7 +42,7 @@ def _scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
 
 def _callee(eqn: Any) -> Any:
     """The jaxpr of a call that can be inlined, else None."""
-    if eqn.primitive.name in _OPAQUE:
+    if eqn.primitive.name in OPAQUE or eqn.primitive.name in ("scan", "while", "cond"):
         return None
     held = [eqn.params[k] for k in _CALLEES if k in eqn.params]
     if len(held) != 1:
@@ -140,6 +141,8 @@ class _Reader:
                 loop = self.loop(name, params, here)
             elif name == "cond":
                 inside = tuple(self.graph(b, None, here) for b in params["branches"])
+            elif name == "shard_map":
+                inside = (self.graph(params["jaxpr"], None, here),)
             outputs = tuple([self.tensor(v.aval, Role.ACTIVATION) for v in eqn.outvars])
             env.update(zip(eqn.outvars, outputs, strict=True))
             ops.append(Op(id=number, primitive=name, inputs=inputs, outputs=outputs, params=params, scope=here, loop=loop, bodies=inside))  # fmt: skip
@@ -164,6 +167,19 @@ def live(ops: Sequence[Op], outputs: Iterable[int]) -> tuple[Op, ...]:
             kept.append(op)
             needed.update(op.inputs)
     return tuple(reversed(kept))
+
+
+def effects(jaxpr: Any) -> list[tuple[str, str]]:
+    """(primitive, where it stands) of every equation with a side effect, bodies and calls included; prints that keep no order left out."""
+    found = []
+    for eqn in (e for e in body_of(jaxpr).eqns if e.effects):  # what a kernel or a shard_map does within itself does not show outside
+        inner = [j for j in jex.jaxprs_in_params(eqn.params) if body_of(j).effects]
+        free = eqn.primitive.name in ("debug_print", "debug_callback") and not eqn.params.get("ordered", False)
+        if inner:
+            found += [effect for j in inner for effect in effects(j)]
+        elif not free:
+            found.append((eqn.primitive.name, source(eqn)))
+    return found
 
 
 def read(jaxpr: Any, roles: Sequence[tuple[Role, str]]) -> Lowered:

@@ -14,7 +14,7 @@ from partition.errors import WorkError
 from partition.graph import Graph, Op, bodies
 from partition.hardware import Device, Mesh
 from partition.sharding import Layout
-from partition.work import Work, loop_trips
+from partition.work import Work, copies, loop_trips
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +83,7 @@ def costs(graph: Graph, works: Mapping[int, Work], layout: Layout, mesh: Mesh, t
         if op.loop is not None:
             return sum(inside, Cost()) * loop_trips(op, g, trips)
         if inside:
-            return max(inside, key=lambda c: c.seconds)
+            return max(inside, key=lambda c: c.seconds) * copies(op)
         work, ways, comm = works[op.id], layout.ways.get(op.id, 1), layout.collectives.get(op.id, ())
         key = (tuple(work.flops.items()), work.bytes, work.contractions, ways, comm)
         if key not in memo:

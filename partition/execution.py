@@ -23,8 +23,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from partition import _jax
 from partition.dispatch import Walk
-from partition.errors import ExecutionError
-from partition.graph import Value
+from partition.errors import ExecutionError, told
+from partition.graph import Value, bodies
 from partition.program import Program
 from partition.sharding import Layout, Split, layout
 from partition.stages import Stage, Stages
@@ -159,7 +159,13 @@ class Runner:
         jitted = jax.jit(fn, in_shardings=tuple(ins), out_shardings=list(outs), donate_argnums=stage.donated, compiler_options=self.options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-            return jitted.lower(*[v.aval for v in inner.invars]).compile()
+            try:
+                return jitted.lower(*[v.aval for v in inner.invars]).compile()
+            except Exception as error:
+                inside = [o for op, _ in stage.items for o in (op, *(i for body in bodies(op) for i in body.walk()))]
+                ops = sorted({o.primitive for o in inside if o.primitive in _jax.OPAQUE})
+                raise ExecutionError(f"stage {stage.id} cannot be compiled for CPU: {told(error)}", where=f"its opaque ops: {', '.join(ops) or 'none'}",
+                                     mend="use a form that runs on CPU (interpret=True for Pallas; no shard_map over devices of its own)") from error  # fmt: skip
 
     def load(self, *args: Any) -> dict[int, Any]:
         """Check the arguments against the trace and hand out their leaves by tensor id; they are placed when first read.

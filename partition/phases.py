@@ -1,16 +1,11 @@
 """tag(): which phase each op is in, found in the structure alone, and the KV hand-off between the phases.
 
-How it decides. An autoregressive loop feeds a *chosen* token back: a carry slot travels through a contraction and a discretiser
-(an op that makes integers or truth values of floats: argmax, top_k, sort, a comparison) back into itself. Layer scans carry
-floats round without choosing, chunk loops choose nothing, routers choose but do not feed the choice back. So:
+- The token loop's body is DECODE (`loops.py` finds it); what the loop needs and what depends on the inputs is PREFILL; what depends on
+  weights and constants alone goes to the phase that needs it, BOTH if both do; what follows the loop is DECODE if it still reads
+  weights, else NONE. A program without a token loop is told by its passes over the weights (`passes.py`).
+- The hand-off is what PREFILL makes and the loop takes, as carry or as constant (without a loop: what DECODE ops read of it).
 
-- the token loop is the outermost loop with an integer slot that comes back through a contraction and then a discretiser, or with a
-  float slot (carried logits) that comes back through discretisers only;
-- its body is DECODE; what the loop needs and what depends on the inputs is PREFILL; what depends on weights and constants alone
-  goes to the phase that needs it, BOTH if both do; what follows the loop is DECODE if it still reads weights, else NONE;
-- the hand-off is what PREFILL makes and the loop takes, as carry or as constant.
-
-One forward sweep with integers as bit sets (bit = carry slot) keeps this near-linear.
+Every decision is a `Finding` with its reason and its confidence. The caller's word (`loop=`, `phases=`) always wins.
 """
 
 from __future__ import annotations
@@ -18,21 +13,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from partition.errors import PhaseError
-from partition.graph import Graph, Op, Role, Tensor, bodies, roots, to_nx
+from partition.errors import NameUnknownError, PhaseError
+from partition.graph import Graph, Op, Role, bodies, roots, to_nx
+from partition.loops import CONTRACTIONS as CONTRACTIONS
+from partition.loops import Finding, batch_of, find_token_loop, written
+from partition.passes import dependents, passes
 
 if TYPE_CHECKING:
     import networkx as nx
 
     from partition.program import Program
-
-CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-_WRITES = ("dynamic_update_slice", "scatter")
-
 
 class Phase(enum.StrEnum):
     """The phase of an op of an inference program."""
@@ -55,7 +48,7 @@ class Crossing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phases:
-    """The phase of every op by id (bodies included), the token loop (an op id, None if there is none), the hand-off, the reasons.
+    """The phase of every op by id (bodies included), the token loop (an op id, None if there is none), the hand-off, the evidence.
 
     batch is how many sequences run together: the size of the smallest slot that brings the chosen tokens back.
     """
@@ -64,8 +57,13 @@ class Phases:
     of: Mapping[int, Phase] = dataclasses.field(repr=False)
     loop: int | None
     handoff: tuple[Crossing, ...] = dataclasses.field(repr=False)
-    how: tuple[str, ...]
+    findings: tuple[Finding, ...]
     batch: int = 1
+
+    @property
+    def how(self) -> tuple[str, ...]:
+        """The findings as text."""
+        return tuple(map(str, self.findings))
 
     @property
     def token_loop(self) -> Op | None:
@@ -98,135 +96,37 @@ def _flat(graph: Graph, loop: int | None) -> list[Op]:
     return out
 
 
-def _floating(t: Tensor) -> bool:
-    return "float" in t.dtype
+def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str, Phase | str] | None = None) -> Phases:
+    """Find the phase of every op and what crosses.
 
-
-def _contains(op: Op, test: str) -> bool:
-    """Whether an op is, or somewhere inside has, a contraction or a discretiser."""
-    return any(_is(o, test) or (bool(bodies(o)) and _contains(o, test)) for body in bodies(op) for o in body.ops)
-
-
-def _is(op: Op, test: str) -> bool:
-    return op.primitive in CONTRACTIONS if test == "contraction" else op.primitive in _DISCRETISERS
-
-
-_DISCRETISERS = frozenset({"argmax", "argmin", "top_k", "sort", "approx_top_k", "lt", "le", "gt", "ge", "eq", "ne"})
-
-
-def _discretises(op: Op, tensors: list[Tensor]) -> bool:
-    makes = any(not _floating(tensors[t]) for t in op.outputs)
-    reads_floats = any(_floating(tensors[t]) for t in op.inputs)
-    return makes and reads_floats and (op.primitive in _DISCRETISERS or _contains(op, "discretiser"))
-
-
-def feedback(body: Graph, slots: range) -> tuple[list[int], list[str]]:
-    """Which carry slots (by position among the body's outputs) bring a chosen token back, and why.
-
-    `slots` are the positions of the carry among the body's inputs; the outputs start with the carry in the same order.
+    The caller's word wins over what is found: `loop` names the token loop by op id; `phases` gives the phase of ops by op id, or by
+    scope (an op in that scope or below it). Raises PhaseError, with the candidates, where the structure is ambiguous, and where
+    phases given for ops contradict the order in which they run.
     """
-    tensors: list[Tensor] = body.tensors  # type: ignore[assignment]
-    reach: dict[int, int] = {body.inputs[i]: 1 << n for n, i in enumerate(slots)}
-    mixed: dict[int, int] = {}  # slots that come through a contraction
-    chosen: dict[int, int] = {}  # ... and then through a discretiser
-    plain: dict[int, int] = dict(reach)  # slots with some path free of discretisers
-    for op in body.ops:
-        r = m = c = p = 0
-        for t in op.inputs:
-            r |= reach.get(t, 0)
-            m |= mixed.get(t, 0)
-            c |= chosen.get(t, 0)
-            p |= plain.get(t, 0)
-        if not r:
-            continue
-        if op.primitive in CONTRACTIONS or _contains(op, "contraction"):
-            m |= r
-        discretises = _discretises(op, tensors)
-        for t in op.outputs:
-            integral = discretises and not _floating(tensors[t])
-            reach[t], mixed[t], chosen[t], plain[t] = r, m, c | m if integral else c, 0 if integral else p
-    found, why = [], []
-    for n, i in enumerate(slots):
-        out, into = body.outputs[n], tensors[body.inputs[i]]
-        bit = 1 << n
-        if not _floating(into) and chosen.get(out, 0) & bit:
-            found.append(n)
-            why.append(f"slot {n} ({into.dtype}{list(into.shape)}) comes back through a contraction and then a choice")
-        elif _floating(into) and mixed.get(out, 0) & bit and not plain.get(out, 0) & bit:
-            found.append(n)
-            why.append(f"slot {n} ({into.dtype}{list(into.shape)}) comes back through a choice on every path")
-    return found, why
-
-
-def _written(graph: Graph, out: int, into: int) -> bool:
-    """Whether tensor `out` is `into` with parts written in place (dynamic_update_slice, scatter), maybe inside a layer scan."""
-    seen_write = False
-    while out != into:
-        op = graph.producer.get(out)
-        if op is None:
-            return False
-        if op.primitive.startswith(_WRITES):
-            seen_write, out = True, op.inputs[0]
-        elif op.loop is not None and op.loop.kind == "scan":
-            loop, index = op.loop, op.outputs.index(out)
-            inner = loop.body.outputs[index]
-            if index < loop.carry:
-                pairs = [(loop.body.inputs[loop.consts + index], op.inputs[loop.consts + index])]
-            else:
-                after = loop.consts + loop.carry
-                pairs = list(zip(loop.body.inputs[after:], op.inputs[after:], strict=True))
-            hit = next((outer for body_in, outer in pairs if _written(loop.body, inner, body_in)), None)
-            if hit is None:
-                return False
-            seen_write, out = True, hit
-        else:
-            return False
-    return seen_write
-
-
-def find_token_loop(program: Program, loop: int | None = None) -> tuple[Op | None, tuple[str, ...]]:
-    """The token loop of a program and the evidence; `loop` is the user's word and always wins."""
     graph = program.graph
-    if loop is not None:
-        op = next((o for o in graph.ops if o.id == loop and o.loop is not None), None)
-        if op is None:
-            raise PhaseError(f"op {loop} is no loop of the top level", where=program.entry.name,
-                             mend="loops there: " + (", ".join(f"{o.id} ({o.primitive})" for o in graph.ops if o.loop) or "none"))  # fmt: skip
-        return op, (f"op {loop} is the token loop because the caller says so",)
-    if program.joint is not None:  # the request was made here: its token loop is the last thing that it does
-        op = next(o for o in reversed(graph.ops) if o.loop is not None and o.loop.trips == program.joint.trips)
-        return op, (f"token loop: op {op.id} ({op.primitive}), the decode callable once a token", *program.joint.how)
-    found: list[tuple[Op, list[str]]] = []
-    nested: list[Op] = []
-    for op in graph.walk():
-        if op.loop is None:
-            continue
-        slots, why = feedback(op.loop.body, range(op.loop.consts, op.loop.consts + op.loop.carry))
-        if slots:
-            (found if any(op is o for o in graph.ops) else nested).append((op, why) if any(op is o for o in graph.ops) else op)  # type: ignore[arg-type]
-    if len(found) > 1:
-        raise PhaseError(f"{len(found)} loops feed a chosen token back", where=", ".join(f"op {o.id} at {program.source(o)}" for o, _ in found),
-                         mend="say which: tag(program, loop=<op id>)")  # fmt: skip
-    if not found and nested:
-        raise PhaseError("the token loop lies inside another loop or branch", where=f"op {nested[0].id} at {program.source(nested[0])}",
-                         mend="trace the function that holds the token loop on its top level")  # fmt: skip
-    if not found:
-        return None, ("no loop feeds a chosen token back: one phase",)
-    op, why = found[0]
-    return op, (f"token loop: op {op.id} ({op.primitive}) at {program.source(op)}", *why)
-
-
-def tag(program: Program, *, loop: int | None = None) -> Phases:
-    """Find the phase of every op and what crosses. `loop` names the token loop by op id and overrides the search.
-
-    Raises PhaseError, with the candidates, where the structure is ambiguous.
-    """
-    graph, tensors = program.graph, program.graph.tensors
-    token_loop, how = find_token_loop(program, loop)
+    token_loop, findings = find_token_loop(program, loop)
     of: dict[int, Phase] = {}
     if token_loop is None:
-        of = {op.id: Phase.NONE for op in graph.walk()}
-        return Phases(program=program, of=of, loop=None, handoff=(), how=how)
+        single = passes(graph)
+        of, batch, findings = {n: Phase(p) for n, p in single.of.items()}, single.batch, single.findings
+    else:
+        of, batch = _around(graph, token_loop), batch_of(token_loop)
+    _by_need(graph, token_loop, of)
+    given = _given(graph, phases or {})
+    of.update(given)
+    for op in graph.ops:
+        for inner in (o for body in bodies(op) for o in body.walk()):
+            of[inner.id] = given.get(inner.id, of[op.id])
+    if given:
+        _hold(graph, of, program)
+        findings = (Finding(what=f"{len(given)} ops are of the phase given", why="the caller says so", confidence=1.0), *findings)
+    handoff = _handoff(graph, of) if token_loop is None else _loop_handoff(graph, token_loop, of)
+    return Phases(program=program, of=of, loop=token_loop.id if token_loop else None, handoff=handoff, findings=findings, batch=batch)
+
+
+def _around(graph: Graph, token_loop: Op) -> dict[int, Phase]:
+    """The phases of ops that depend on inputs, before and after a token loop."""
+    tensors, of = graph.tensors, {token_loop.id: Phase.DECODE}
     dynamic = {t for t in graph.inputs if tensors[t].role is Role.INPUT}
     weighty = {t for t in graph.inputs if tensors[t].role is Role.PARAM}
     after: set[int] = set()
@@ -245,38 +145,70 @@ def tag(program: Program, *, loop: int | None = None) -> Phases:
         decode = not weighty.isdisjoint(op.inputs) or not reads.isdisjoint(op.outputs)
         of[op.id] = Phase.DECODE if decode else Phase.NONE
         reads.update(op.inputs if decode else ())
-    _by_need(graph, token_loop, of)
+    return of
+
+
+def _given(graph: Graph, wanted: Mapping[int | str, Phase | str]) -> dict[int, Phase]:
+    """Op id -> the phase that the caller gives it. Raises PhaseError for an op, a scope or a phase that does not exist."""
+    found: dict[int, Phase] = {}
+    for key, phase in wanted.items():
+        if phase not in list(Phase):
+            raise NameUnknownError.among("phase", str(phase), list(Phase), where=f"phases[{key!r}]")
+        hits = [o.id for o in graph.walk() if (o.id == key if isinstance(key, int) else f"{o.scope}/".startswith(f"{key}/"))]
+        if not hits:
+            raise PhaseError(f"no op is called {key!r}", where="tag(phases=...)", mend="give an op's id, or a scope as program.graph.ops have them")
+        found.update(dict.fromkeys(hits, Phase(phase)))
+    return found
+
+
+def _hold(graph: Graph, of: Mapping[int, Phase], program: Program) -> None:
+    """Raise PhaseError where prefill would need what decode makes."""
     for op in graph.ops:
-        for inner in (o for body in bodies(op) for o in body.walk()):
-            of[inner.id] = of[op.id]
-    handoff = _handoff(graph, token_loop, of)
-    return Phases(program=program, of=of, loop=token_loop.id, handoff=handoff, how=how, batch=_batch(token_loop))
+        if of[op.id] in (Phase.PREFILL, Phase.BOTH):
+            for maker in (graph.producer[t] for t in op.inputs if t in graph.producer):
+                if of[maker.id] in (Phase.DECODE, Phase.NONE):
+                    raise PhaseError(f"{of[op.id]} op {op.id} ({op.primitive}) needs what {of[maker.id]} op {maker.id} ({maker.primitive}) makes",
+                                     where=program.source(op), mend="give both the same phase, or the later one decode")  # fmt: skip
 
 
-def _batch(token_loop: Op) -> int:
-    loop = token_loop.loop
-    assert loop is not None
-    slots, _ = feedback(loop.body, range(loop.consts, loop.consts + loop.carry))
-    fed = [loop.body.tensors[loop.body.inputs[loop.consts + n]] for n in slots]
-    sizes = [math.prod(t.shape[:-1]) if _floating(t) else t.size for t in fed]  # of carried logits, all but the vocabulary
-    return int(min(sizes)) if sizes else 1
+def _by_need(graph: Graph, token_loop: Op | None, of: dict[int, Phase]) -> None:
+    """Give every op that depends on weights and constants alone the phase of those who need it; fills `of` in place.
 
-
-def _by_need(graph: Graph, token_loop: Op, of: dict[int, Phase]) -> None:
-    """Give every op that depends on weights and constants alone the phase of those who need it; fills `of` in place."""
-    of[token_loop.id] = Phase.DECODE
-    needs: dict[int, set[Phase]] = {}
+    The state that a loop starts from is prefill's product, as far as it is made of weights: only the loop's constants need it as decode.
+    """
+    needs: dict[int, set[Phase | str]] = {}
+    weighty = dependents(graph, Role.PARAM)
     for op in reversed(graph.ops):
         if op.id not in of:
             wanted = {p for t in op.outputs for p in needs.get(t, ())}
-            phases = {Phase.PREFILL, Phase.DECODE} & wanted
-            both = len(phases) == 2 or Phase.BOTH in wanted
-            of[op.id] = Phase.BOTH if both else phases.pop() if phases else Phase.NONE
-        for t in op.inputs:
-            needs.setdefault(t, set()).add(of[op.id])
+            if Phase.BOTH in wanted or {Phase.PREFILL, Phase.DECODE} <= wanted:
+                of[op.id] = Phase.BOTH
+            elif Phase.PREFILL in wanted or (wanted == {"state"} and not weighty.isdisjoint(op.outputs)):
+                of[op.id] = Phase.PREFILL
+            else:
+                of[op.id] = Phase.DECODE if wanted - {Phase.NONE} else Phase.NONE
+        state = range(0)
+        if op is token_loop and op.loop is not None:
+            first = op.loop.cond_consts + op.loop.consts
+            state = range(first, first + op.loop.carry)
+        for n, t in enumerate(op.inputs):
+            needs.setdefault(t, set()).add("state" if n in state else of[op.id])
 
 
-def _handoff(graph: Graph, token_loop: Op, of: Mapping[int, Phase]) -> tuple[Crossing, ...]:
+def _handoff(graph: Graph, of: Mapping[int, Phase]) -> tuple[Crossing, ...]:
+    """What decode ops read of what prefill made, without a loop between them."""
+    crossings: dict[int, Crossing] = {}
+    for op in (o for o in graph.ops if of[o.id] is Phase.DECODE):
+        for n, t in enumerate(op.inputs):
+            maker = graph.producer.get(t)
+            if maker is not None and of[maker.id] is Phase.PREFILL:
+                cache = n == 0 and op.primitive.startswith(("dynamic_update_slice", "scatter"))
+                if t not in crossings or cache:
+                    crossings[t] = Crossing(tensor=t, kind="cache" if cache else "value", nbytes=graph.tensors[t].nbytes, scope=maker.scope)
+    return tuple(crossings.values())
+
+
+def _loop_handoff(graph: Graph, token_loop: Op, of: Mapping[int, Phase]) -> tuple[Crossing, ...]:
     loop = token_loop.loop
     assert loop is not None
     first = loop.cond_consts + loop.consts
@@ -286,7 +218,7 @@ def _handoff(graph: Graph, token_loop: Op, of: Mapping[int, Phase]) -> tuple[Cro
         if made_by is None or of[made_by.id] is not Phase.PREFILL or t in crossings:
             continue
         slot = n - first
-        cache = 0 <= slot < loop.carry and _written(loop.body, loop.body.outputs[slot], loop.body.inputs[loop.consts + slot])
+        cache = 0 <= slot < loop.carry and written(loop.body, loop.body.outputs[slot], loop.body.inputs[loop.consts + slot])
         crossings[t] = Crossing(tensor=t, kind="cache" if cache else "value", nbytes=graph.tensors[t].nbytes, scope=made_by.scope)
     return tuple(crossings.values())
 

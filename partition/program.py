@@ -139,9 +139,9 @@ def trace(
     else:
         known = [(path, path[0].idx in weights) for path, _ in leaves]
     roles = [(Role.PARAM if weight else Role.INPUT, _leaf_name(path, path[0].idx)) for path, weight in known]
-    if effects := sorted(map(str, _jax.body_of(jaxpr).effects)):
-        raise TraceError(f"{called} has side effects that no stage can carry: {', '.join(effects)}",
-                         where=called, mend="remove debug prints, callbacks and ordered effects before planning")  # fmt: skip
+    if effects := _jax.effects(jaxpr):
+        raise TraceError(f"{called} has side effects that no stage can carry: {', '.join(sorted({name for name, _ in effects}))}", where=effects[0][1],
+                         mend="remove callbacks with effects and ordered prints before planning; jax.debug.print without order may stay")  # fmt: skip
     lowered = _jax.read(jaxpr, roles)
     entry = Entry(
         name=called, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),

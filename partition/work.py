@@ -116,7 +116,7 @@ def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: se
             cost = sum(inside, Work()) * loop_trips(op, graph, trips)
         elif op.bodies:
             branches = [_level(b, weights, trips, on_chip, found) for b in op.bodies]
-            cost = max(branches, key=lambda w: (w.bytes, w.total_flops))  # a cond runs one branch: the dearest
+            cost = max(branches, key=lambda w: (w.bytes, w.total_flops)) * copies(op)  # a cond runs one branch: the dearest
         else:
             ins, outs = [tensors[t] for t in op.inputs], [tensors[t] for t in op.outputs]
             cost = _tiled(op, _rule_for(op)(op, ins, outs), tensors, weights, on_chip)
@@ -125,7 +125,14 @@ def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: se
     return total
 
 
+def copies(op: Op) -> int:
+    """How many devices run the body of an op at once: those of a shard_map's own mesh, else one."""
+    return int(op.params["mesh"].size) if op.primitive == "shard_map" else 1
+
+
 def _rule_for(op: Op) -> Rule:
+    if (own := f"{op.primitive}:{op.params.get('target_name')}") in RULES:
+        return RULES[own]
     if op.primitive not in RULES:
         raise WorkError(
             f"no work rule knows the primitive {op.primitive!r}", where=f"op {op.id} in {op.scope or 'the top scope'}",

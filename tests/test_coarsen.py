@@ -200,6 +200,6 @@ def test_a_program_without_a_token_loop_is_one_region() -> None:
     fn = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
     phases = tag(trace(fn, struct(8, 8), struct(4, 8)))
     blocks = coarsen(phases)
-    assert {(b.region, b.phase) for b in blocks} == {("top", Phase.NONE)}
+    assert {(b.region, b.phase) for b in blocks} == {("top", Phase.PREFILL)}
     assert [op for b in blocks for op, _ in b.items] == list(phases.program.graph.ops)
     assert not any(bodies(op) for b in blocks for op, _ in b.items)

@@ -13,12 +13,12 @@ PACKAGE = ROOT / "partition"
 FLOORS = {
     "errors": 0, "units": 0, "tables": 0,
     "hardware": 1, "graph": 1, "workload": 1,
-    "profiles": 2, "_jax": 2,  "work": 2, "collectives": 2, "catalogue": 2,
-    "joint": 3, "phases": 3, "rules": 3, "sharding": 3,
-    "program": 4, "costs": 4, "coarsen": 4, "flow": 5,
-    "problem": 6, "evaluation": 7, "bounds": 8, "timeline": 8, "stages": 8, "dispatch": 9,
-    "policies": 9, "execution": 10, "pipeline": 11, "equivalence": 12, "bench": 12, "explanation": 12, "reporting": 13,
-    "demo": 14, "__init__": 14, "cli": 15, "__main__": 16,
+    "profiles": 2, "_jax": 2,  "work": 2, "collectives": 2, "catalogue": 2, "loops": 2,
+    "joint": 3, "passes": 3, "rules": 3, "sharding": 3,
+    "phases": 4, "program": 4, "costs": 4, "coarsen": 5, "flow": 6,
+    "problem": 7, "evaluation": 8, "bounds": 9, "timeline": 9, "stages": 9, "dispatch": 10,
+    "policies": 10, "execution": 11, "pipeline": 12, "equivalence": 13, "bench": 13, "explanation": 13, "reporting": 14,
+    "demo": 15, "__init__": 15, "cli": 16, "__main__": 17,
 }  # fmt: skip
 """Floor of every spine file; an import at module level goes strictly down (rooms may import their own)."""
 

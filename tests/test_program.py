@@ -156,11 +156,25 @@ def calling_in_order(w: jax.Array, x: jax.Array) -> jax.Array:
     return x
 
 
-@pytest.mark.parametrize("fn", [printing, printing_inside, calling_in_order])
-def test_side_effects_are_refused(fn: Any) -> None:
-    with pytest.raises(TraceError, match=f"{fn.__name__} has side effects") as caught:
+def printing_in_order(w: jax.Array, x: jax.Array) -> jax.Array:
+    jax.debug.print("{}", x, ordered=True)
+    return x
+
+
+@pytest.mark.parametrize(("fn", "named"), [(printing_in_order, "debug_print|debug_callback"), (calling_in_order, "io_callback")])
+def test_side_effects_are_refused_by_name_and_line(fn: Any, named: str) -> None:
+    with pytest.raises(TraceError, match=f"{fn.__name__} has side effects that no stage can carry: ({named})") as caught:
         trace(fn, W, X)
-    assert "remove debug prints" in caught.value.mend
+    assert "test_program.py" in caught.value.where and "may stay" in caught.value.mend
+
+
+@pytest.mark.parametrize("fn", [printing, printing_inside])
+def test_prints_without_order_may_stay(fn: Any) -> None:
+    from partition.equivalence import check
+    from partition.pipeline import plan
+
+    program = trace(fn, W, X)
+    assert check(plan(program, cluster="trn2_only", policy="single").stages, np.zeros(W.shape, W.dtype), np.ones(X.shape, X.dtype)).equal
 
 
 def test_unordered_side_effects_are_refused() -> None:

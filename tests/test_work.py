@@ -175,8 +175,6 @@ def test_an_unknown_primitive_is_an_error_with_its_mend() -> None:
         work(Graph(ops=(op,), inputs=(0,), outputs=(1,), tensors=table))
     assert caught.value.where == "op 7 in layers.0"
     assert "@partition.rule('frobnicate')" in caught.value.mend and "partition.Work(flops=" in caught.value.mend
-    with pytest.raises(WorkError, match="pure_callback"):
-        works(lambda w, x: jax.pure_callback(lambda v: v, x, x), struct(1), struct(4))
 
 
 numbers = st.builds(

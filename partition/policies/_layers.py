@@ -86,6 +86,8 @@ def together(problem: Problem, meshes: Sequence[int]) -> list[int]:
 
 
 def _joined(problem: Problem, placed: dict[int, int], nodes: Sequence[int], mesh: int) -> list[int]:
+    if not nodes:
+        return []
     last = placed[nodes[0]]
     shared = problem.incidence.astype(np.float64) * problem.resident[:, mesh][:, None]
     common = shared.T @ problem.incidence[:, list(nodes)].astype(np.float64)

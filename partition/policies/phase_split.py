@@ -19,9 +19,10 @@ def phase_split(problem: Problem) -> Placement:
     O(n m) time. Raises PlacementError where there is but one mesh, InfeasibleError where a phase does not fit on its kind.
     """
     kinds = of_kind(problem)
-    prefill, decode = problem.nodes(Phase.PREFILL), [n for n in problem.nodes(Phase.DECODE) if problem.region[n] == "body"]
-    if not decode:
-        raise PlacementError("phase_split needs a program with a token loop", where="policy phase_split", mend="use the policy 'single'")
+    prefill, decode = problem.nodes(Phase.PREFILL), problem.nodes(Phase.DECODE)
+    decode = [n for n in decode if problem.region[n] == "body"] or decode
+    if not decode or (not prefill and "body" not in problem.region):
+        raise PlacementError("phase_split needs a program of two phases, this one has one", where="policy phase_split", mend="use the policy 'single'")
     if len(problem.meshes) < 2:
         raise PlacementError("phase_split needs two meshes, the cluster has one", where="policy phase_split",
                              mend="use the policy 'single', or a cluster of two kinds of machine")  # fmt: skip
