@@ -37,6 +37,19 @@ def weights(program: Program) -> dict[str, int]:
     return {tensors[t].name: t for t in program.graph.inputs if tensors[t].role is Role.PARAM}
 
 
+def test_the_matrices_of_experts_are_split_like_any() -> None:
+    from models import mixtral
+
+    fn, args = mixtral.generation("tiny", prompt=PROMPT, new_tokens=2)
+    program = trace(fn, *args)
+    split = layout(program.graph, 2)
+    ragged = [o for o in program.graph.walk() if o.primitive == "ragged_dot_general"]
+    assert ragged and {split.ways[o.id] for o in ragged} == {2}
+    kinds = [[kind for kind, *_ in split.collectives.get(o.id, ())] for o in ragged[:3]]  # gate, up, down
+    assert kinds == [[], [], ["all_reduce"]]
+    assert all(split.tensors[o.inputs[1]][0] in (1, 2) for o in ragged[:3])
+
+
 def test_one_device_splits_nothing() -> None:
     split = layout(prefill("tiny").graph, 1)
     assert not split.tensors and not split.ways and not split.collectives and split.copies(0) == 1.0

@@ -70,6 +70,13 @@ def test_ragged_dot() -> None:
     assert one("ragged_dot_general", lambda w, x, n: lax.ragged_dot(x, w, n), *EXPERTS) == (flops, 4 * (2048 + 1024 + 4), 4 * 2048)
 
 
+def test_few_rows_read_the_weights_of_few_groups() -> None:
+    experts = struct(8, 16, 32)
+    for rows, read in ((2, 2 * 16 * 32), (8, 8 * 16 * 32), (100, 8 * 16 * 32)):
+        args = (experts, struct(rows, 16), struct(8, dtype=jnp.int32))
+        assert one("ragged_dot_general", lambda w, x, n: lax.ragged_dot(x, w, n), *args)[1] == 4 * (rows * 16 + read + 8)
+
+
 def test_ragged_dot_by_its_weights_is_as_much_work_as_forward() -> None:
     fn = lambda w, x, n: jax.grad(lambda w: lax.ragged_dot(x, w, n).sum())(w)  # noqa: E731
     assert one("ragged_dot_general", fn, *EXPERTS)[0] == {"float32": 65536}  # each row adds one [16] x [32] product

@@ -22,11 +22,19 @@ def dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
 
 @rule("ragged_dot_general")
 def ragged_dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
-    """Every row meets the weights of its own group alone; where the rows are contracted, each is counted for its group once."""
+    """Every row meets the weights of its own group alone; where the rows are contracted, each is counted for its group once.
+
+    Fewer rows than groups read at most a group each: one decoded token reads the weights of the experts that it is sent to.
+    """
     numbers = op.params["ragged_dot_dimension_numbers"]
     ((contract, _), _) = numbers.dot_dimension_numbers
-    groups = ins[2].shape[-1] if set(numbers.lhs_ragged_dimensions) & set(contract) else 1
-    return _work(2 * outs[0].size * math.prod(ins[0].shape[d] for d in contract) / groups, ins, outs)
+    by_rows = set(numbers.lhs_ragged_dimensions) & set(contract)
+    groups = ins[2].shape[-1]
+    flops = 2 * outs[0].size * math.prod(ins[0].shape[d] for d in contract) / (groups if by_rows else 1)
+    rows = math.prod(ins[0].shape[d] for d in numbers.lhs_ragged_dimensions)
+    share = min(1.0, rows / groups) if numbers.rhs_group_dimensions else 1.0
+    read = ins[0].nbytes + ins[1].nbytes * share + sum(t.nbytes for t in ins[2:])
+    return Work(flops={ins[0].dtype: flops}, read=read, written=outs[0].nbytes, contractions=1)
 
 
 @rule("conv_general_dilated")

@@ -1,177 +1,27 @@
-"""How ops are split inside a mesh of equal devices, and which collectives that takes.
+"""How each family of primitives carries a split from its operands to its results, and which collective that takes.
 
-One pass in program order carries, for every tensor, the dimension along which it is split and how many ways (`Split`). Weights are
-decided where they are first read, as Megatron does: after a replicated activation by columns, after a split one by rows with an
-all-reduce. A dimension that the devices do not divide is split as many ways as it can be (9 heads on 2 devices: one way) and the
-rest of the devices repeat the work. Where a reshape into heads admits fewer ways than its weight has columns, the weight is laid
-out that many ways from the start, instead of gathering its result in every layer.
+A handler is given the pass and the op: it settles weights that are not decided yet, charges collectives, and puts the results' split.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from partition.graph import Graph, Op, Role, Tensor, bodies, roots
+from partition.graph import Op, Tensor
+
+if TYPE_CHECKING:
+    from partition.sharding import Pass
 
 Split = tuple[int, int]  # (dimension, ways)
 
 _SAME = frozenset({"convert_element_type", "copy", "stop_gradient", "optimization_barrier", "reduce_precision"})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """tensors: tensor id -> its split (absent: replicated). ways: op id -> over how many devices its work is split.
-
-    collectives: op id -> (kind, bytes of the whole tensor, devices) of what it must wait for.
-    """
-
-    degree: int
-    tensors: Mapping[int, Split]
-    ways: Mapping[int, int]
-    collectives: Mapping[int, tuple[tuple[str, float, int], ...]]
-
-    def copies(self, tensor: int) -> float:
-        """How often the bytes of a tensor lie in the memories of the mesh together: degree / ways."""
-        return self.degree / self.tensors[tensor][1] if tensor in self.tensors else float(self.degree)
-
-
-def layout(graph: Graph, degree: int) -> Layout:
-    """Choose the splits of a whole program over `degree` devices."""
-    if degree == 1:
-        return Layout(degree=1, tensors={}, ways={}, collectives={})
-    caps: dict[int, int] = {}
-    about = _About(graph)
-    while True:
-        run = _Pass(graph, degree, caps, about)
-        run.level(graph)
-        if not run.lowered:
-            return Layout(degree=degree, tensors=run.split, ways=run.ways, collectives=run.comm)
-        caps.update(run.lowered)
-
-
-class _About:
-    """What every pass asks of a program: roots of weights, who reads a tensor, which primitive makes it."""
-
-    def __init__(self, graph: Graph):
-        params = {t for t in graph.inputs if graph.tensors[t].role is Role.PARAM}
-        self.root = {t: t for t in params} | {inner: r for inner, r in roots(graph).items() if r in params}
-        self.users: dict[int, list[Op]] = {}
-        self.makers: dict[int, str] = {}
-        for op in graph.walk():
-            for t in op.inputs:
-                self.users.setdefault(t, []).append(op)
-            self.makers.update(dict.fromkeys(op.outputs, op.primitive))
-
-
-class _Pass:
-    """One walk over the program with the caps found so far."""
-
-    def __init__(self, graph: Graph, degree: int, caps: Mapping[int, int], about: _About):
-        self.tensors, self.degree, self.caps = graph.tensors, degree, caps
-        self.split: dict[int, Split] = {}
-        self.ways: dict[int, int] = {}
-        self.comm: dict[int, tuple[tuple[str, float, int], ...]] = {}
-        self.lowered: dict[int, int] = {}
-        self.columns: dict[int, int] = {}  # tensor -> the weight whose columns split it
-        self.decided: dict[int, Split | None] = {}
-        self.root, self.users, self.makers = dict(about.root), about.users, about.makers
-        self.view: dict[int, tuple[int, ...]] = {}  # weight-derived tensor -> the root's dimension of each of its own
-
-    def dims(self, t: int) -> tuple[int, ...]:
-        """Which dimension of its root each dimension of a weight is (a slice of a stacked weight lacks the first)."""
-        if t in self.view:
-            return self.view[t]
-        rank, whole = len(self.tensors[t].shape), len(self.tensors[self.root[t]].shape)
-        return tuple(range(whole - rank, whole))
-
-    def decide(self, t: int, dim: int | None) -> None:
-        """Settle a weight's split along one of its dimensions (None: replicated)."""
-        root = self.root[t]
-        if dim is None:
-            self.decided[root] = None
-            return
-        whole = self.dims(t)[dim]
-        ways = math.gcd(self.tensors[root].shape[whole], self.caps.get(root, self.degree))
-        self.decided[root] = (whole, ways) if ways > 1 else None
-        if ways > 1:
-            self.split[root] = (whole, ways)
-
-    def undecided(self, t: int) -> bool:
-        return t in self.root and self.root[t] not in self.decided
-
-    def of(self, t: int) -> Split | None:
-        """The split of a tensor as it stands."""
-        if t in self.root:
-            settled = self.decided.get(self.root[t])
-            if settled is None or settled[0] not in self.dims(t):
-                return None
-            return self.dims(t).index(settled[0]), settled[1]
-        return self.split.get(t)
-
-    def charge(self, op: Op, kind: str, nbytes: float, ways: int) -> None:
-        self.comm[op.id] = (*self.comm.get(op.id, ()), (kind, nbytes, ways))
-
-    def gather(self, op: Op, t: int) -> None:
-        if (s := self.of(t)) is not None:
-            self.charge(op, "all_gather", self.tensors[t].nbytes, s[1])
-
-    def put(self, op: Op, split: Split | None, source: int | None = None) -> None:
-        """Give the results of an op their split; `source` is the operand it comes from."""
-        for t in op.outputs:
-            if split is not None and split[0] < len(self.tensors[t].shape) and split[1] > 1:
-                self.split[t] = split
-                if source in self.columns:
-                    self.columns[t] = self.columns[source]
-            else:
-                self.split.pop(t, None)
-        self.ways[op.id] = max(self.ways.get(op.id, 1), split[1] if split else 1)
-
-    def level(self, graph: Graph) -> None:
-        for op in graph.ops:
-            if op.loop is not None:
-                self.loop(op)
-            elif op.bodies:
-                for t in op.inputs:
-                    self.gather(op, t)
-                for body in op.bodies:
-                    self.level(body)
-                self.put(op, None)
-            else:
-                _HANDLERS.get(op.primitive, _elementwise if _alike(op, self.tensors) else _replicate)(self, op)
-
-    def loop(self, op: Op) -> None:
-        loop = op.loop
-        assert loop is not None
-        own, body = op.inputs[loop.cond_consts :], loop.body
-        after = loop.consts + loop.carry
-        for n, (inner, outer) in enumerate(zip(body.inputs, own, strict=True)):
-            if inner in self.root:
-                continue
-            s = self.of(outer)
-            if n >= after and s is not None:
-                s = (s[0] - 1, s[1]) if s[0] > 0 else None
-            if s is not None:
-                self.split[inner] = s
-        while True:
-            for inner_op in (o for b in bodies(op) for o in b.walk()):
-                self.comm.pop(inner_op.id, None)
-                self.ways.pop(inner_op.id, None)
-            self.level(body)
-            carried = list(zip(body.inputs[loop.consts : after], body.outputs[: loop.carry], strict=True))
-            torn = [i for i, o in carried if self.split.get(i) is not None and self.split[i] != self.of(o)]
-            if not torn:
-                break
-            for t in torn:
-                del self.split[t]
-        for n, (t, inner) in enumerate(zip(op.outputs, body.outputs, strict=True)):
-            if n < loop.carry:
-                inner = body.inputs[loop.consts + n]
-            s = self.of(inner)
-            if s is not None:
-                self.split[t] = s if n < loop.carry else (s[0] + 1, s[1])
+def handler(op: Op, tensors: Sequence[Tensor]) -> Callable[[Pass, Op], None]:
+    """The handler of a primitive; of an unknown one, by whether it works element by element."""
+    return HANDLERS.get(op.primitive, _elementwise if _alike(op, tensors) else _replicate)
 
 
 def _alike(op: Op, tensors: Sequence[Tensor]) -> bool:
@@ -184,7 +34,7 @@ def _fits(small: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
     return small == () or (len(small) == len(shape) and all(a in (1, b) for a, b in zip(small, shape, strict=True)))
 
 
-def _replicate(p: _Pass, op: Op) -> None:
+def _replicate(p: Pass, op: Op) -> None:
     for t in op.inputs:
         if p.undecided(t):
             p.decide(t, None)
@@ -192,7 +42,7 @@ def _replicate(p: _Pass, op: Op) -> None:
     p.put(op, None)
 
 
-def _elementwise(p: _Pass, op: Op) -> None:
+def _elementwise(p: Pass, op: Op) -> None:
     if op.primitive in _SAME and op.inputs[0] in p.root:  # a weight under another dtype is that weight
         p.root[op.outputs[0]], p.view[op.outputs[0]] = p.root[op.inputs[0]], p.dims(op.inputs[0])
         return
@@ -211,7 +61,7 @@ def _elementwise(p: _Pass, op: Op) -> None:
     p.put(op, best, source)
 
 
-def _dot(p: _Pass, op: Op) -> None:
+def _dot(p: Pass, op: Op) -> None:
     (contract, batch) = op.params["dimension_numbers"]
     sides = list(op.inputs[:2])
     ranks = [len(p.tensors[t].shape) for t in sides]
@@ -258,7 +108,7 @@ def _dot(p: _Pass, op: Op) -> None:
     p.put(op, None)
 
 
-def _ends_branch(p: _Pass, op: Op) -> bool:
+def _ends_branch(p: Pass, op: Op) -> bool:
     """Whether a result is added to another activation (a residual): there it must be whole, so one all-reduce serves best."""
     out = op.outputs[0]
     for _ in range(2):  # a change of dtype may stand between
@@ -274,7 +124,7 @@ def _ends_branch(p: _Pass, op: Op) -> bool:
 
 
 def _decide_weight(
-    p: _Pass, t: int, other: Split | None, contract: Sequence[int], batch: Sequence[int], free: Sequence[int],
+    p: Pass, t: int, other: Split | None, contract: Sequence[int], batch: Sequence[int], free: Sequence[int],
     other_contract: Sequence[int], other_batch: Sequence[int], last: bool,
 ) -> None:  # fmt: skip
     """Split a weight as its other operand asks; after a replicated one by columns, or by rows where a branch ends (`last`)."""
@@ -294,7 +144,7 @@ def _decide_weight(
         p.decide(t, None)
 
 
-def _reshape(p: _Pass, op: Op) -> None:
+def _reshape(p: Pass, op: Op) -> None:
     t = op.inputs[0]
     s, old, new = p.of(t), p.tensors[t].shape, p.tensors[op.outputs[0]].shape
     if s is None:
@@ -310,7 +160,7 @@ def _reshape(p: _Pass, op: Op) -> None:
     p.put(op, (target, ways) if target is not None and ways > 1 else None, t)
 
 
-def _transpose(p: _Pass, op: Op) -> None:
+def _transpose(p: Pass, op: Op) -> None:
     order, t = tuple(op.params["permutation"]), op.inputs[0]
     if t in p.root:
         p.root[op.outputs[0]], p.view[op.outputs[0]] = p.root[t], tuple(p.dims(t)[d] for d in order)
@@ -319,7 +169,7 @@ def _transpose(p: _Pass, op: Op) -> None:
     p.put(op, (order.index(s[0]), s[1]) if s else None, t)
 
 
-def _broadcast(p: _Pass, op: Op) -> None:
+def _broadcast(p: Pass, op: Op) -> None:
     t = op.inputs[0] if op.inputs else None
     s = p.of(t) if t is not None else None
     if s is None or t is None:
@@ -328,13 +178,13 @@ def _broadcast(p: _Pass, op: Op) -> None:
     p.put(op, (dim, s[1]) if p.tensors[op.outputs[0]].shape[dim] == p.tensors[t].shape[s[0]] else None, t)
 
 
-def _squeeze(p: _Pass, op: Op) -> None:
+def _squeeze(p: Pass, op: Op) -> None:
     s = p.of(op.inputs[0])
     gone = op.params["dimensions"]
     p.put(op, (s[0] - sum(1 for d in gone if d < s[0]), s[1]) if s else None, op.inputs[0])
 
 
-def _reduce(p: _Pass, op: Op) -> None:
+def _reduce(p: Pass, op: Op) -> None:
     t, axes = op.inputs[0], op.params["axes"]
     s = p.of(t)
     if s is not None and s[0] in axes:
@@ -345,10 +195,10 @@ def _reduce(p: _Pass, op: Op) -> None:
         p.put(op, (s[0] - sum(1 for a in axes if a < s[0]), s[1]) if s else None, t)
 
 
-def _along(param: str) -> Callable[[_Pass, Op], None]:
+def _along(param: str) -> Callable[[Pass, Op], None]:
     """Ops that need one dimension whole (its number stands in a parameter) and treat the others alike."""
 
-    def handle(p: _Pass, op: Op) -> None:
+    def handle(p: Pass, op: Op) -> None:
         axis = op.params.get(param, len(p.tensors[op.inputs[0]].shape) - 1)
         kept = [(p.of(t), t) for t in op.inputs]
         best = next(((s, t) for s, t in kept if s is not None and s[0] != axis), None)
@@ -360,7 +210,7 @@ def _along(param: str) -> Callable[[_Pass, Op], None]:
     return handle
 
 
-def _window(p: _Pass, op: Op) -> None:
+def _window(p: Pass, op: Op) -> None:
     """Slices, pads, in-place updates: a dimension taken whole keeps its split."""
     t, out = op.inputs[0], p.tensors[op.outputs[0]]
     s, source = p.of(t), t
@@ -378,7 +228,7 @@ def _window(p: _Pass, op: Op) -> None:
     p.put(op, s if whole else None, source)
 
 
-def _take(p: _Pass, op: Op) -> None:
+def _take(p: Pass, op: Op) -> None:
     """A table look-up: the table is split along a dimension that every look-up takes whole, and the rows found are gathered."""
     t = op.inputs[0]
     if p.undecided(t):
@@ -392,8 +242,33 @@ def _take(p: _Pass, op: Op) -> None:
         p.charge(op, "all_gather", p.tensors[op.outputs[0]].nbytes, s[1])
 
 
-_HANDLERS: dict[str, Any] = {
-    "dot_general": _dot, "reshape": _reshape, "transpose": _transpose, "broadcast_in_dim": _broadcast, "squeeze": _squeeze,
+def _ragged(p: Pass, op: Op) -> None:
+    """Rows [m, k] with the matrix [k, n] of their group, of [g, k, n]: columns or rows of every matrix are split alike."""
+    x, w = op.inputs[:2]
+    plain = len(p.tensors[x].shape) == 2 and len(p.tensors[w].shape) == 3 and w in p.root
+    if not plain:
+        return _replicate(p, op)
+    out = p.tensors[op.outputs[0]]
+    for t in op.inputs[2:]:
+        p.gather(op, t)
+    if p.undecided(w):
+        _decide_weight(p, w, p.of(x), [1], [], [2], [1], [], _ends_branch(p, op))
+    s, split = p.of(w), p.of(x)
+    if s is not None and s[0] == 1:
+        if split is not None and split[0] != 1:
+            p.gather(op, x)
+        p.put(op, None)
+        p.ways[op.id] = s[1]
+        return p.charge(op, "all_reduce", out.nbytes, s[1])
+    if split is not None:
+        p.gather(op, x)
+    p.put(op, (1, s[1]) if s is not None and s[0] == 2 else None, w)
+    if s is not None and s[0] == 2:
+        p.columns[op.outputs[0]] = p.root[w]
+
+
+HANDLERS: dict[str, Callable[[Any, Op], None]] = {
+    "dot_general": _dot, "ragged_dot_general": _ragged, "reshape": _reshape, "transpose": _transpose, "broadcast_in_dim": _broadcast, "squeeze": _squeeze,
     "gather": _take, "concatenate": _along("dimension"), "split": _along("axis"), "sort": _along("dimension"),
     "cumsum": _along("axis"), "cumprod": _along("axis"), "cummax": _along("axis"), "top_k": _along("axis"),
 } | dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"), _reduce) \
