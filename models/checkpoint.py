@@ -40,6 +40,8 @@ class Checkpoint:
             raise ModelError(f"the checkpoint has no tensor {name!r}", where=str(self.path),
                              mend="check that the configuration and the weights are of the same model (tied head? other layout?)")  # fmt: skip
         value = self.read(name)
+        if value.dtype.kind not in "fV" and "float" not in str(value.dtype):
+            raise ModelError(f"tensor {name!r} is {value.dtype}, not floats", where=str(self.path), mend="use a checkpoint that is not quantised")
         if tuple(value.shape) != shape:
             raise ModelError(f"tensor {name!r} has shape {tuple(value.shape)}, the configuration asks for {shape}",
                              where=str(self.path), mend="use the config.json that was saved with these weights")  # fmt: skip
@@ -64,6 +66,14 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path.name} holds a {type(found).__name__}, not an object", where=str(path), mend="copy the file again")
     return found
+
+
+def hold_to_layers(checkpoint: Checkpoint, prefix: str, layers: int) -> None:
+    """Raise ModelError where the weights have layers, named prefix + number, beyond those of the configuration."""
+    found = {int(n) for name in checkpoint.names if name.startswith(prefix) and (n := name[len(prefix) :].split(".")[0]).isdigit()}
+    if found and max(found) >= layers:
+        raise ModelError(f"the weights have {max(found) + 1} layers, the configuration {layers}", where=str(checkpoint.path),
+                         mend="use the config.json that was saved with these weights")  # fmt: skip
 
 
 def hold_to_numbers(config: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import ModelError, hold_to_numbers, open_safetensors
+from models.checkpoint import ModelError, hold_to_layers, hold_to_numbers, open_safetensors
 from models.generate import Loop, Make, generate, maker, request
 from models.llama import Linear, rotate
 
@@ -260,6 +260,7 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
     """
     file = open_safetensors(path)
     cfg = _read_config(file.meta, str(path), dtype)
+    hold_to_layers(file, "model.layers.", cfg.layers)
 
     def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
         for i in range(2):

@@ -20,7 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import ModelError, gguf_config, gguf_name, hold_to_family, hold_to_numbers, open_gguf, open_safetensors, unpermute
+from models.checkpoint import (
+    ModelError,
+    gguf_config,
+    gguf_name,
+    hold_to_family,
+    hold_to_layers,
+    hold_to_numbers,
+    open_gguf,
+    open_safetensors,
+    unpermute,
+)
 from models.generate import Loop, Make, generate, maker, request
 
 
@@ -242,7 +252,7 @@ def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
     rope = hold_to_family(meta, where)
     try:
         dim, heads, qwen = meta["hidden_size"], meta["num_attention_heads"], meta["model_type"] == "qwen3"
-        scaling = "factor" in rope and RopeScaling(factor=rope["factor"], low=rope["low_freq_factor"], high=rope["high_freq_factor"],
+        scaling = (rope.get("rope_type", rope.get("type")) == "llama3" or "factor" in rope) and RopeScaling(factor=rope["factor"], low=rope["low_freq_factor"], high=rope["high_freq_factor"],
                                                    original=rope["original_max_position_embeddings"])  # fmt: skip
         return Config(vocab=meta["vocab_size"], dim=dim, layers=meta["num_hidden_layers"], heads=heads, ffn=meta["intermediate_size"],
                       kv_heads=meta.get("num_key_value_heads") or heads, head_dim=meta.get("head_dim") or (128 if qwen else dim // heads),
@@ -262,6 +272,7 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
     gguf = Path(path).suffix == ".gguf"
     file = open_gguf(path) if gguf else open_safetensors(path)
     cfg = _read_config(gguf_config(file) if gguf else file.meta, str(path), dtype)
+    hold_to_layers(file, "blk." if gguf else "model.layers.", cfg.layers)
 
     def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if "*" in name:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import Checkpoint, ModelError, hold_to_numbers, open_safetensors
+from models.checkpoint import Checkpoint, ModelError, hold_to_layers, hold_to_numbers, open_safetensors
 from models.generate import Loop, Make, generate, maker, request
 from models.llama import Linear, RMSNorm, attend, rotate
 
@@ -263,7 +263,9 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
     Raises ModelError for damaged files and models outside this family; the Make, for a tensor that is missing or of another shape.
     """
     file = open_safetensors(path)
-    return _read_config(file.meta, str(path), dtype), tensors(file, dtype)
+    cfg = _read_config(file.meta, str(path), dtype)
+    hold_to_layers(file, "model.layers.", cfg.layers)
+    return cfg, tensors(file, dtype)
 
 
 def generation(

@@ -58,10 +58,14 @@ def _join(outer: str, inner: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lowered:
-    """A graph with the handles that lead back: op id -> eqn, tensor id -> aval, const and literal ids -> their values."""
+    """A graph with the handles that lead back: op id -> eqn, tensor id -> aval, const and literal ids -> their values.
+
+    callers: op id -> the call or loop that it stands in, as (eqn, what that stands in); None at the top.
+    """
 
     graph: Graph
     eqns: list[Any]
+    callers: list[Any]
     avals: list[Any]
     values: dict[int, Any]
 
@@ -73,6 +77,8 @@ class _Reader:
         self.tensors: list[Tensor] = []
         self.avals: list[Any] = []
         self.eqns: list[Any] = []
+        self.callers: list[Any] = []
+        self.caller: Any = None
         self.values: dict[int, Any] = {}
         self._consts: dict[int, int] = {}
         self._literals: dict[Any, int] = {}
@@ -129,11 +135,15 @@ class _Reader:
                 called = body_of(callee)
                 bound = dict(zip(called.invars, inputs, strict=True))
                 bound.update((v, self.const(v, c)) for v, c in zip(called.constvars, consts_of(callee), strict=True))
+                self.caller = (eqn, self.caller)
                 self.equations(called, bound, ops, here)
+                self.caller = self.caller[1]
                 env.update((v, self.atom(bound, a)) for v, a in zip(eqn.outvars, called.outvars, strict=True))
                 continue
             number = len(self.eqns)
             self.eqns.append(eqn)
+            self.callers.append(self.caller)
+            self.caller = (eqn, self.caller)
             name, params = eqn.primitive.name, eqn.params
             loop: Loop | None = None
             inside: tuple[Graph, ...] = ()
@@ -143,6 +153,7 @@ class _Reader:
                 inside = tuple(self.graph(b, None, here) for b in params["branches"])
             elif name == "shard_map":
                 inside = (self.graph(params["jaxpr"], None, here),)
+            self.caller = self.caller[1]
             outputs = tuple([self.tensor(v.aval, Role.ACTIVATION) for v in eqn.outvars])
             env.update(zip(eqn.outvars, outputs, strict=True))
             ops.append(Op(id=number, primitive=name, inputs=inputs, outputs=outputs, params=params, scope=here, loop=loop, bodies=inside))  # fmt: skip
@@ -186,12 +197,16 @@ def read(jaxpr: Any, roles: Sequence[tuple[Role, str]]) -> Lowered:
     """Read a closed jaxpr into a graph. `roles` gives role and name of each of its inputs."""
     reader = _Reader()
     graph = reader.graph(jaxpr, roles)
-    return Lowered(graph=graph, eqns=reader.eqns, avals=reader.avals, values=reader.values)
+    return Lowered(graph=graph, eqns=reader.eqns, callers=reader.callers, avals=reader.avals, values=reader.values)
 
 
-def source(eqn: Any) -> str:
-    """Where the user wrote an equation: "file:line (function)"."""
-    return str(source_info_util.summarize(eqn.source_info))
+def source(eqn: Any, caller: Any = None) -> str:
+    """Where the user wrote an equation: "file:line (function)"; of one inside a library's call, where the user wrote that call."""
+    found = str(source_info_util.summarize(eqn.source_info))
+    while not found and caller is not None:
+        eqn, caller = caller
+        found = str(source_info_util.summarize(eqn.source_info))
+    return found
 
 
 def slice_aval(aval: Any, span: Span) -> Any:

@@ -29,6 +29,7 @@ Objective = Annotated[str, typer.Option("--objective", help="ttft, tpot, e2e, th
 Prompt = Annotated[int, typer.Option("--prompt", help="prompt length [tokens]", min=1)]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="tokens to write", min=2)]
 Batch = Annotated[int, typer.Option("--batch", help="sequences that run together", min=1)]
+Trips = Annotated[Optional[int], typer.Option("--trips", help="how often a loop runs whose structure does not tell", min=0)]  # noqa: UP045
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -45,33 +46,46 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(what)
 
 
-def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, seed: int | None = None,
-              dump: Path | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
+def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, trips: int | None,
+              seed: int | None = None, dump: Path | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
     """Plan one request of a model by name; gives the plan and the arguments."""
     from partition import profiles
-    from partition.pipeline import plan, request
+    from partition.pipeline import model_bytes, plan, request
     from partition.pipeline import policy as find_policy
 
     profiles.cluster(cluster)  # wrong names are said before the model is built
     find_policy(policy)
     with progress() as say:
         say(f"build {model}")
+        if seed is not None and ":" not in model:
+            _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
-        return plan(fn, args, cluster=cluster, policy=policy, objective=objective, title=title, progress=say, dump=dump), args
+        return plan(fn, args, cluster=cluster, policy=policy, objective=objective, trips=trips, title=title, progress=say, dump=dump), args
+
+
+def _hold_to_host(model: str, nbytes: float) -> None:
+    """Refuse to run a model that this host cannot hold: its weights lie once for the uncut program, once for the stages, once as made."""
+    from partition.units import size
+
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 3 * nbytes > host:
+        raise PartitionError(f"{model} has {size(nbytes)} of weights, and running it takes three times that", where=f"this host has {size(host)} of memory",
+                             mend="check a smaller model of the family (smollm2-135m, tiny), or only plan this one")  # fmt: skip
 
 
 @app.command("plan")
 def plan_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "phase_split", objective: Objective = "e2e",
-    prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, as_json: AsJson = False,
+    prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
 ) -> None:  # fmt: skip
     """Plan a model on a cluster."""
-    from partition.pipeline import to_json
+    from partition.pipeline import to_json, writable
 
-    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, dump=dump)
+    writable(out, dump)
+    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump)
     if out is not None:
         made.save(out)
     print(json.dumps(to_json(made)) if as_json else made)
@@ -83,8 +97,8 @@ def plan_command(
 @app.command("check")
 def check_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "phase_split", objective: Objective = "e2e",
-    prompt: Prompt = 16, new_tokens: NewTokens = 8, batch: Batch = 1, seed: Annotated[int, typer.Option("--seed", help="of the random weights")] = 0,
-    as_json: AsJson = False, default_options: Annotated[bool, typer.Option("--default-options", help="compile with XLA's defaults instead of the strict ones")] = False,
+    prompt: Prompt = 16, new_tokens: NewTokens = 8, batch: Batch = 1, seed: Annotated[int, typer.Option("--seed", help="of the random weights", min=0)] = 0,
+    trips: Trips = None, as_json: AsJson = False, default_options: Annotated[bool, typer.Option("--default-options", help="compile with XLA's defaults instead of the strict ones")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json-file", help="write the verdict as JSON")] = None,  # noqa: UP045
     junit: Annotated[Optional[Path], typer.Option("--junit", help="write the verdict as JUnit XML")] = None,  # noqa: UP045
 ) -> None:  # fmt: skip
@@ -92,9 +106,10 @@ def check_command(
     import dataclasses
 
     from partition import equivalence, execution, reporting
-    from partition.pipeline import write
+    from partition.pipeline import writable, write
 
-    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, seed=seed)
+    writable(*(file.parent for file in (json_file, junit) if file is not None))
+    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=seed)
     with progress() as say:
         say("cut")
         runner = execution.prepare(made.stages, strict=not default_options, progress=say)
@@ -104,11 +119,11 @@ def check_command(
         except EquivalenceError as error:
             verdict, code = error.verdict, ExitCode.MISMATCH  # type: ignore[assignment]
     raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "versions": dict(made.versions)} | dataclasses.asdict(verdict), indent=1, default=str)
+    print(raw if as_json else verdict)
     if json_file is not None:
         write(json_file.parent, {json_file.name: raw})
     if junit is not None:
         write(junit.parent, {junit.name: reporting.junit(made.title, verdict)})
-    print(raw if as_json else verdict)
     raise typer.Exit(code)
 
 
@@ -116,7 +131,7 @@ def check_command(
 def compare_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3",
     policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
-    objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, as_json: AsJson = False,
+    objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compare policies on one problem."""
     from partition.bench import compare
@@ -135,7 +150,7 @@ def compare_command(
     with progress() as say:
         say(f"trace {model}")
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)
-        problem = pose(tag(trace(fn, *args)), machines, objective=objective)
+        problem = pose(tag(trace(fn, *args)), machines, objective=objective, trips=trips)
         say("place")
         results = compare({model: problem}, names)
     if as_json:
@@ -146,10 +161,13 @@ def compare_command(
     lines = []
     for r in results:
         e = r.estimate
-        cells = [r.why_not[:70], "", "", "", "", ""] if e is None else [
+        cells = ["-"] * 6 if e is None else [
             seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok), f"{100 * (r.gap or 0):.1f} %"]  # fmt: skip
         lines.append([r.policy, seconds(r.seconds), *cells])
     print(table(f"{model} on {cluster}, objective {objective}", ("policy", "placed in", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "gap at most"), lines))
+    for r in results:
+        if r.estimate is None:
+            print(f"{r.policy}: {r.why_not}")
 
 
 @app.command("devices")

@@ -191,7 +191,8 @@ class Walk:
         maker = {v[0]: s.mesh for s in plan.body for v in s.outputs}
         for outside, tensor, stacked in plan.results:
             if stacked:
-                array = self.machine.stack(stacks[outside], (outside, None))
+                backwards = plan.op.loop is not None and plan.op.loop.reverse
+                array = self.machine.stack(stacks[outside][::-1] if backwards else stacks[outside], (outside, None))
                 mesh = maker.get(tensor, fallback)
             else:
                 last = enters[tensor] if rebound else tensor

@@ -1,8 +1,8 @@
 """check(): is the cut program the uncut one? Comparison in NumPy, NaN first, per output and per stage boundary.
 
-The reference is the uncut program, compiled as one for one host device under the same options, with the values at stage boundaries
-as further results. A mismatch is traced to the first op that
-diverges: the first boundary (input or output of a stage, trip by trip) that differs is found, then the first equation inside.
+The reference of the outputs is the jaxpr that JAX traced, compiled as one for one host device under the same options: nothing of the
+planner's own reading is in it. The references of stage boundaries are computed from the planner's graph. A mismatch is traced to the
+first op that diverges: the first boundary (input or output of a stage, trip by trip) that differs is found, then the first equation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from partition import _jax
 from partition.dispatch import transfers
 from partition.errors import EquivalenceError
-from partition.execution import Record, Runner, _bind, prepare, strict_options
+from partition.execution import Record, Runner, _bind, prepare, strict_options, uncut
 from partition.graph import Item, Op, Role, Value, reads, writes
 from partition.program import Program
 from partition.stages import Stage, Stages
@@ -146,8 +146,8 @@ def check(stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[st
     runner = runner or prepare(stages, strict=strict)
     loaded = _bind(program, args)
     result, record = runner.run(loaded, keep=trips)
+    reference = uncut(program, strict=strict)(*args)
     references = _References(stages, loaded, strict, trips)
-    reference = references.result()
     paths = [jax.tree_util.keystr(path) or "result" for path, _ in jax.tree_util.tree_flatten_with_path(reference)[0]]
     pairs = zip(paths, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result), strict=True)
     outputs = tuple(compare(name, a, b, tolerance) for name, a, b in pairs)
@@ -198,11 +198,6 @@ class _References:
             return None
         array = _jax.to_numpy(table[t])
         return array if span is None else array[span[0] : span[1]]
-
-    def result(self) -> Any:
-        """What the uncut program gives."""
-        known = {**self.given, **self.loaded, **self.top}
-        return jax.tree_util.tree_unflatten(self.program.entry.out_tree, [known[t] for t in self.program.graph.outputs])
 
     def compiled(self, items: list[Item], wanted: list[int]) -> Callable[[Mapping[int, Any]], dict[int, Any]]:
         """Ops as a function from known tensors to wanted ones, compiled once."""

@@ -171,7 +171,7 @@ def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float
     usd = sum(busy[m] * float(problem.price[m]) for m in used) + bytes_usd
     reserved = sum(float(problem.price[m]) for m in used) * e2e + bytes_usd
     return Estimate(
-        ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / max([*busy, *link_busy.values(), 1e-30]),
+        ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if (busiest := max([*busy, *link_busy.values()], default=0.0)) > 0 else 0.0,
         usd_per_mtok=usd / tokens * 1e6, usd_reserved=reserved / tokens * 1e6, busy=tuple(busy), link_busy=link_busy,
         link_bytes=link_bytes, memory=tuple(map(float, problem.memory(placement))),
     )  # fmt: skip
@@ -189,6 +189,11 @@ def verify(problem: Problem, placement: Any) -> Placement:
     if mesh.dtype.kind not in "iu":
         raise PlacementError(f"mesh numbers are whole numbers, the placement holds {mesh.dtype}", where="placement",
                              mend="return problem.placement(array of mesh numbers)")  # fmt: skip
+    for n, others in placement.also.items():
+        known = isinstance(others, tuple) and all(isinstance(m, int | np.integer) for m in others) and 0 <= n < len(problem)
+        if not known or len({int(mesh[n]), *others}) != 1 + len(others):
+            raise PlacementError(f"the further meshes of node {n} are {others!r}", where="placement.also",
+                                 mend="give a tuple of mesh numbers, each once and without the node's own; or use problem.placement(...)")  # fmt: skip
     foreign = [n for n in range(len(problem)) if any(not 0 <= m < len(problem.meshes) for m in placement.of(n))]
     if foreign or set(placement.also) - set(range(len(problem))):
         n = foreign[0] if foreign else max(placement.also)
@@ -212,4 +217,4 @@ def verify(problem: Problem, placement: Any) -> Placement:
             where=f"mesh {problem.meshes[m]} ({size(float(problem.capacity[m]))} usable)",
             mend="use more meshes or a larger cluster, another policy, a smaller batch or a shorter context",
         )  # fmt: skip
-    return placement
+    return placement if placement.problem is problem else dataclasses.replace(placement, problem=problem)

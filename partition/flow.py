@@ -77,7 +77,7 @@ def flows(blocks: Sequence[Block], phases: Phases, trips: int) -> tuple[list[Flo
     state: dict[Value, set[int]] = {}
     slots = _slots(loop_op)
     results = _results(loop_op)
-    rebinds = trips - 1 if loop_op is not None and loop_op.loop is not None and loop_op.loop.kind == "scan" else trips
+    rebinds = max(trips - 1, 0) if loop_op is not None and loop_op.loop is not None and loop_op.loop.kind == "scan" else trips
 
     def flow(value: Value, dst: int, kind: str, times: int) -> None:
         for v, src in sources.of(value):
@@ -96,8 +96,14 @@ def flows(blocks: Sequence[Block], phases: Phases, trips: int) -> tuple[list[Flo
                     t = outer.get(t, t)
                     role = tensors[t].role
                 else:
-                    flow((init, span), n, "handoff", 1)
-                    flow((carried, span), n, "carry", rebinds)
+                    chain = {t}
+                    while init is not None:  # a carry that only takes another's place is needed where that one is
+                        flow((init, span), n, "handoff", 1)
+                        flow((carried, span), n, "carry", rebinds)
+                        if carried in chain or carried not in slots:
+                            break
+                        chain.add(carried)
+                        init, carried = slots[carried]
                     continue
             if role in (Role.PARAM, Role.CONST):
                 weights.setdefault((t, span), set()).add(n)

@@ -28,7 +28,7 @@ from partition.bounds import Bound, lower_bound
 from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, told
 from partition.evaluation import Estimate, evaluate, verify
 from partition.flow import Flow, Resident
-from partition.hardware import Cluster
+from partition.hardware import Cluster, from_plain
 from partition.phases import Phase
 from partition.policies import POLICIES, Policy
 from partition.problem import Placement, Problem
@@ -43,7 +43,10 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """A placement with all that led to it. `timings` [s] by pass; `how` says how the phases were found; `versions` of what made it."""
+    """A placement with all that led to it. `timings` [s] by pass; `how` says how the phases were found; `versions` of what made it.
+
+    table: the stage table of a plan that was loaded, which has no ops to make it from.
+    """
 
     title: str
     cluster: str
@@ -55,6 +58,7 @@ class Plan:
     how: tuple[str, ...] = ()
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    table: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def gap(self) -> float:
@@ -88,8 +92,10 @@ class Plan:
         path = path / "plan.json" if path.is_dir() else path
         try:
             return from_json(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"the plan cannot be read: {type(error).__name__}: {error}", where=str(path), mend="name a plan.json that `partition plan` wrote") from None
+        except PartitionError:
+            raise
+        except Exception as error:  # whatever a file of another form leads to
+            raise OutputError(f"the plan cannot be read: {told(error)}", where=str(path), mend="name a plan.json that `partition plan` wrote") from None
 
 
 def write(folder: str | Path, files: Mapping[str, str]) -> Path:
@@ -113,6 +119,21 @@ def write(folder: str | Path, files: Mapping[str, str]) -> Path:
         for path in temporary.values():
             Path(path).unlink(missing_ok=True)
     return folder
+
+
+def writable(*folders: str | Path | None) -> None:
+    """Find out, before any work is done, whether files can be written there. Raises OutputError."""
+    for folder in folders:
+        if folder is not None:
+            write(folder, {".partition": ""})
+            (Path(folder) / ".partition").unlink()
+
+
+def model_bytes(args: Any) -> float:
+    """Bytes of all leaves of a request's arguments."""
+    import jax
+
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(args) if hasattr(leaf, "size")))
 
 
 def _named(group: str, name: str, known: Mapping[str, Any], kind: str) -> Any:
@@ -279,7 +300,7 @@ def to_json(made: Plan) -> dict[str, Any]:
             "flows": [dataclasses.asdict(f) for f in p.flows], "residents": [dataclasses.asdict(r) for r in p.residents],
             "workload": dataclasses.asdict(p.workload), "objective": p.objective, "pins": {str(k): v for k, v in p.pins.items()},
         },
-        "stages": [dataclasses.asdict(row) for row in _rows(made)],
+        "stages": [dataclasses.asdict(row) for row in _rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
     }  # fmt: skip
 
 
@@ -301,14 +322,19 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     arrays: dict[str, Any] = {name: np.array(p[name], dtype=np.int64 if name == "times" else np.float64) for name in _ARRAYS}
     arrays["beta"] = np.where(arrays["beta"] < 0, np.inf, arrays["beta"])
     arrays["resident"] = arrays["resident"].reshape(len(p["residents"]), len(p["meshes"]))
+    if any(not (np.isfinite(a) & (a >= 0)).all() for name, a in arrays.items() if name != "beta"):
+        raise ValueError("a time, a size or a price is negative or no number")
+    if any(not 0 <= n < len(p["names"]) for f in p["flows"] for n in (f["src"], *f["dst"])):
+        raise ValueError("a flow joins nodes that do not exist")
     problem = Problem(
+        cluster=None if raw["machines"] is None else from_plain(Cluster, raw["machines"]),
         names=tuple(p["names"]), phase=tuple(Phase(x) for x in p["phase"]), region=tuple(p["region"]), meshes=tuple(p["meshes"]),
         kinds=tuple(p["kinds"]), workload=Workload(**p["workload"]), objective=p["objective"], pins={int(k): v for k, v in p["pins"].items()},
         flows=tuple(Flow(**f | {"value": _value(f["value"]), "dst": tuple(f["dst"])}) for f in p["flows"]),
         residents=tuple(Resident(**r | {"value": _value(r["value"]), "blocks": tuple(r["blocks"])}) for r in p["residents"]), **arrays,
     )  # fmt: skip
     also = {int(k): tuple(v) for k, v in raw["placement"]["also"].items()}
-    placement = verify(problem, Placement(mesh=np.array(raw["placement"]["mesh"], np.int64), also=also, problem=problem))
+    placement = verify(problem, Placement(mesh=np.array(raw["placement"]["mesh"]), also=also, problem=problem))
     return Plan(title=raw["title"], cluster=raw["cluster"], policy=raw["policy"], problem=problem, placement=placement,
                 estimate=evaluate(problem, placement), bound=Bound(**raw["bound"]), how=tuple(raw["how"]), timings=raw["timings"],
-                versions=raw["versions"])  # fmt: skip
+                versions=raw["versions"], table=tuple(raw["stages"]))  # fmt: skip

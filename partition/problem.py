@@ -77,6 +77,11 @@ class Problem:
     phases: Phases | None = dataclasses.field(default=None, repr=False)
     cluster: Cluster | None = dataclasses.field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # a value: no policy changes what the others are measured by
+            if isinstance(array := getattr(self, field.name), np.ndarray):
+                array.flags.writeable = False
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -71,7 +71,8 @@ class Program:
 
     def source(self, op: Op | int) -> str:
         """Where the model's author wrote an op: "file:line (function)"."""
-        return _jax.source(self.entry.lowered.eqns[op if isinstance(op, int) else op.id])
+        n, lowered = op if isinstance(op, int) else op.id, self.entry.lowered
+        return _jax.source(lowered.eqns[n], lowered.callers[n])
 
     @functools.cached_property
     def op(self) -> dict[int, Op]:

@@ -35,7 +35,9 @@ class Row:
 
 
 def rows(plan: Plan) -> list[Row]:
-    """The stage table of a plan (of a loaded one, without ops, flops and bytes)."""
+    """The stage table of a plan."""
+    if plan.table:
+        return [Row(**row) for row in plan.table]
     p, mesh = plan.problem, plan.placement.mesh
     runs: list[list[int]] = []
     for n in range(len(p)):
@@ -131,13 +133,15 @@ def trace_events(plan: Plan) -> dict[str, Any]:
             name = p.meshes[slot.mesh] if slot.to is None else f"{p.meshes[slot.mesh]} -> {p.meshes[slot.to]}"
             events.append({"ph": "M", "pid": 1, "tid": tracks[key], "name": "thread_name", "args": {"name": name}})
         if slot.node is not None:
-            label, more = p.names[slot.node], {"phase": str(p.phase[slot.node])}
+            label, more = p.names[slot.node], dict[str, Any](phase=str(p.phase[slot.node]))
         else:
             flow = p.flows[slot.flow or 0]
-            label, more = f"{flow.kind} {size(flow.nbytes)}", {"bytes": str(flow.nbytes), "from": p.names[flow.src]}
-        busy = slot.end - slot.start - (float(p.alpha[slot.mesh, slot.to]) if slot.to is not None else 0.0)
-        events.append({"ph": "X", "pid": 1, "tid": tracks[key], "name": label, "ts": slot.start * 1e6, "dur": busy * 1e6,
-                       "args": more | ({"trip": str(slot.trip)} if slot.trip >= 0 else {})})  # fmt: skip
+            label, more = f"{flow.kind} {size(flow.nbytes)}", {"bytes": flow.nbytes, "from": p.names[flow.src]}
+        end = slot.end - (float(p.alpha[slot.mesh, slot.to]) if slot.to is not None else 0.0)
+        start_ns, end_ns = round(slot.start * 1e9), round(end * 1e9)  # viewers count whole nanoseconds: round ends, not lengths
+        if end_ns > start_ns:
+            events.append({"ph": "X", "pid": 1, "tid": tracks[key], "name": label, "ts": start_ns / 1e3, "dur": (end_ns - start_ns) / 1e3,
+                           "args": more | ({"trip": slot.trip} if slot.trip >= 0 else {})})  # fmt: skip
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

@@ -226,7 +226,7 @@ def _token_loop(d: Drawer, loop: str, length: int, pool: Pool, tokens: Any) -> A
     cache = jnp.zeros((6, ROWS, COLS)).at[0].set(jnp.tanh(d.clean(pool)))
     state = (jnp.argmax(d.clean(pool) @ d.w[2], -1).astype(jnp.int32) if kinds >= 2 else tokens, cache, d.key, jnp.int32(0), start * 0 + 0.1)
     if loop.startswith("scan"):
-        return jax.lax.scan(step, state, xs, length=length, reverse=loop == "scan reverse")[::1][0][:2], state[0]
+        return jax.lax.scan(step, state, xs, length=length, reverse=loop == "scan reverse"), state[0]
     if loop == "fori":
         return jax.lax.fori_loop(0, length, lambda i, s: step(s, None)[0], state)[:2]
     ends = (lambda s: (s[3] < length) & (s[0][0] != 3)) if loop == "while stop" else (lambda s: s[3] < length)

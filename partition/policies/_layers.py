@@ -54,9 +54,14 @@ def lay(problem: Problem, nodes: Sequence[int], meshes: Sequence[int]) -> dict[i
     m = list(meshes)
     needed = float(sum(problem.resident[r, m[0]] for r in {r for n in nodes for r in problem.needs[n]}))
     room = float(problem.capacity[m].sum())
+    alone = {n: sum(float(problem.resident[r, m[0]]) for r in problem.needs[n]) + float(problem.activation[n, m[0]]) for n in nodes}
+    worst = max(nodes, key=lambda n: alone[n])
+    over = alone[worst] - float(problem.capacity[m].max())
+    why = f": {size(needed - room)} too much" if needed > room else " but not in whole nodes with their activations"
+    if over > 0:
+        why = f"; {problem.names[worst]} alone needs {size(alone[worst])} with its activations, {size(over)} more than one mesh holds"
     raise InfeasibleError(
-        f"{len(nodes)} nodes need {size(needed)}, {len(m)} {problem.kinds[m[0]]} mesh{'es' * (len(m) > 1)} hold {size(room)}"
-        + (f": {size(needed - room)} too much" if needed > room else " but not in whole nodes"),
+        f"{len(nodes)} nodes need {size(needed)}, {len(m)} {problem.kinds[m[0]]} mesh{'es' * (len(m) > 1)} hold {size(room)}" + why,
         where=f"meshes {', '.join(problem.meshes[i] for i in m[:4])}{' ...' * (len(m) > 4)}",
         mend="use a larger cluster, a smaller batch or a shorter context",
     )  # fmt: skip
