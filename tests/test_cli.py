@@ -23,6 +23,9 @@ def test_plan_writes_a_folder_that_loads_whole(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "o")) == ["plan.json", "report.html", "trace.json"]
     assert len(os.listdir(tmp_path / "d")) == 9
     loaded = Plan.load(tmp_path / "o")
+    loaded.save(tmp_path / "again")
+    for name in os.listdir(tmp_path / "o"):
+        assert (tmp_path / "o" / name).read_text() == (tmp_path / "again" / name).read_text(), name
     raw = json.loads((tmp_path / "o" / "plan.json").read_text())
     assert loaded.estimate.e2e == pytest.approx(raw["estimate"]["e2e"], rel=1e-12)
     assert loaded.problem.names == tuple(raw["problem"]["names"]) and "TTFT" in str(loaded)
@@ -31,6 +34,11 @@ def test_plan_writes_a_folder_that_loads_whole(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "o" / "trace.json").read_text())["traceEvents"]
     slices = [e for e in events if e["ph"] == "X"]
     assert slices and all(e["tid"] != e["pid"] and e["tid"] > 0 for e in slices)
+    ends: dict[int, int] = {}
+    for e in sorted(slices, key=lambda e: (e["tid"], e["ts"])):  # a viewer that counts nanoseconds sees no two slices of a track overlap
+        start, length = round(e["ts"] * 1e3), round(e["dur"] * 1e3)
+        assert start >= ends.get(e["tid"], 0) and length >= 1
+        ends[e["tid"]] = start + length
 
 
 def test_check_writes_json_and_junit_and_ends_with_zero(tmp_path: Path) -> None:

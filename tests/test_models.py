@@ -200,6 +200,21 @@ def test_a_wrong_shape_names_the_tensor_and_both_shapes(tmp_path):
         llama.generation(cfg, weights=make)
 
 
+def test_weights_with_more_layers_than_the_config_are_refused(tmp_path):
+    save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"num_hidden_layers": 1}))
+    with pytest.raises(ModelError, match="the weights have 2 layers, the configuration 1"):
+        llama.load(tmp_path)
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    save(tmp_path, change=lambda tensors: tensors.update({name: np.zeros((32, 48), np.int32)}))
+    cfg, make = llama.load(tmp_path)
+    with pytest.raises(ModelError, match=f"{name}.*int32, not floats"):
+        llama.generation(cfg, weights=make)
+
+
 def test_a_missing_tensor_is_named(tmp_path):
     save(tmp_path, change=lambda tensors: tensors.pop("lm_head.weight"))
     cfg, make = llama.load(tmp_path)

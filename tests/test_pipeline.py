@@ -1,5 +1,7 @@
 """What users bring by name: policies and models of any wrong form are refused in three lines; outputs are written whole or not at all."""
 
+import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from partition import pipeline
 from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, WorkError
 from partition.phases import tag
 from partition.pipeline import place, request, write
-from partition.problem import Problem, pose
+from partition.problem import Placement, Problem, pose
 from partition.profiles import cluster
 from partition.program import trace
 
@@ -98,6 +100,38 @@ def test_pose_holds_its_arguments() -> None:
         pose(phases, cluster("trn2_only"), level="ops")  # type: ignore[arg-type]
     with pytest.raises(WorkError, match="-1 times"):
         pose(tag(trace(lambda x: x + 1, np.zeros(3))), cluster("trn2_only"), trips=-1)
+
+
+def test_a_policy_cannot_change_the_problem() -> None:
+    def cheats(problem: Problem) -> object:
+        problem.seconds[:] = 0
+        return problem.placement([0] * len(problem))
+
+    with pytest.raises(PlacementError, match="read-only"):
+        place(posed()[0], cheats)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("also", [{0: ("x",)}, {0: 1}, {0: (0,)}, {9999: (0,)}])
+def test_further_meshes_are_held_too(also: dict[int, object]) -> None:
+    with pytest.raises(PlacementError, match="further meshes"):
+        place(posed()[0], lambda p: dataclasses.replace(p.placement([0] * len(p)), also=also))
+
+
+def test_a_placement_without_its_problem_is_given_it() -> None:
+    problem, _ = posed()
+    assert place(problem, lambda p: Placement(mesh=np.zeros(len(p), np.int64))).problem is problem
+
+
+@pytest.mark.parametrize("change", [lambda raw: [1], lambda raw: raw | {"format": 0}, lambda raw: raw | {"problem": raw["problem"] | {"seconds": [[1.0]]}},
+                                    lambda raw: raw | {"placement": {"mesh": [0.5] * len(raw["problem"]["names"]), "also": {}}},
+                                    lambda raw: raw["problem"].update(price=[-1.0, 1.0]) or raw, lambda raw: raw["problem"]["flows"][0].update(src=999) or raw])  # fmt: skip
+def test_a_plan_of_another_form_is_refused(tmp_path: Path, change: object) -> None:
+    made = pipeline.plan(*request("tiny", prompt=4, new_tokens=3), cluster="trn2_efa_cs3")
+    raw = change(json.loads((made.save(tmp_path) / "plan.json").read_text()))  # type: ignore[operator]
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    with pytest.raises(PartitionError) as error:
+        pipeline.Plan.load(tmp_path)
+    assert len(str(error.value).splitlines()) == 3
 
 
 def test_files_are_written_all_or_none(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Where a cut program first differs: the value that arrives wrong, or the op that computes wrong, with its scope and source line.
+
+The values kept of a run are compared with the uncut program's in the order of the run. Within the first stage that goes wrong, the
+stage's equations and the program's own are run on the same inputs; where the first that differs is a loop or a call, the search goes on
+inside it, trip by trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from partition import _jax
+from partition.execution import Record
+from partition.graph import Op, Value, reads, writes
+from partition.program import Program
+from partition.stages import Stage, Stages
+
+Differs = Callable[[Any, Any], str]
+"""(reference, candidate) -> how they differ beyond the bound; empty where they do not."""
+
+
+class References(Protocol):
+    """What the search asks of the uncut program's values."""
+
+    loaded: Any
+    options: Any
+
+    def get(self, value: Value, trip: int) -> np.ndarray | None:
+        """The reference of a value, None where the uncut program has no such value."""
+
+
+def culprit(stages: Stages, record: Record, refs: References, differs: Differs) -> str | None:
+    """The first thing that diverges in the order of the run: a value that arrives wrong, or an op that computes wrong."""
+    by_id = {s.id: s for s in stages.all}
+    order = list(dict.fromkeys((s, trip) for s, trip, _ in record.kept))
+    meshes = stages.problem.meshes
+    for stage_id, trip in order:
+        stage = by_id[stage_id]
+        at = f"stage {stage_id} on {meshes[stage.mesh]}" + (f", trip {trip}" if trip >= 0 else "")
+        for v in stage.inputs:
+            got, reference = record.read.get((stage_id, trip, v)), refs.get(v, trip)
+            if got is not None and reference is not None and (how := differs(reference, got)):
+                return f"{at}: tensor {v[0]} arrives wrong (a transfer or a stale value), {how}"
+        for v in stage.outputs:
+            got, reference = record.kept.get((stage_id, trip, v)), refs.get(v, trip)
+            if got is not None and reference is not None and differs(reference, got):
+                return f"{at}: {_first_op(stages, stage, record, refs, trip, differs)}"
+    return None
+
+
+def _first_op(stages: Stages, stage: Stage, record: Record, refs: References, trip: int, differs: Differs) -> str:
+    """The first equation of a stage whose result differs from the uncut program's, given the same inputs."""
+    program = stages.program
+    inputs = []
+    for v in stage.inputs:
+        array = record.read.get((stage.id, trip, v))
+        if array is None:
+            raw = refs.loaded[v[0]]
+            array = raw if v[1] is None else raw[v[1][0] : v[1][1]]
+        inputs.append(array)
+    bound = [_inside(stages, v, stage) for v in stage.inputs]
+    made = [v for op, span in stage.items for v in writes(op, span)]
+    clean = _jax.write(stage.items, bound, made, program.entry.lowered, name="clean")
+    found = _first_equation(clean, stage.jaxpr, inputs, refs.options, differs)
+    if found is None:
+        return "every equation agrees on its own: the divergence comes from how the stage was compiled or sharded"
+    number, how, inner = found
+    if number < 0:
+        return how
+    return describe(program, stage.items[number][0]) + (f", inside it {inner}" if inner else "") + f": its result {how}"
+
+
+def _first_equation(clean: Any, given: Any, inputs: Sequence[Any], options: Any, differs: Differs) -> tuple[int, str, str] | None:
+    """(number of the first equation that differs, how, what differs inside it) of two jaxprs on the same inputs."""
+    want, owners = _results(clean, inputs, options)
+    got, others = _results(given, inputs, options)
+    if owners != others:
+        return -1, f"the stage has other equations than the program ({len(others)} results for {len(owners)})", ""
+    for number, a, b in zip(owners, want, got, strict=True):
+        if how := differs(a, b):
+            env = _jax.environment(clean, inputs, want)
+            return number, how, _within(_jax.body_of(clean).eqns[number], _jax.body_of(given).eqns[number], env, options, differs)
+    return None
+
+
+def _results(jaxpr: Any, inputs: Sequence[Any], options: Any) -> tuple[list[Any], list[int]]:
+    exposed, owners = _jax.expose(jaxpr)
+    return jax.jit(_jax.as_function(exposed), compiler_options=options)(*inputs), owners
+
+
+def _within(want: Any, got: Any, env: Any, options: Any, differs: Differs) -> str:
+    """What differs inside a loop or a call, trip by trip; empty where the equation is neither, or nothing inside differs by itself."""
+    for clean, given, inputs in _jax.inside(want, got, env):
+        found = _first_equation(clean, given, inputs, options, differs)
+        if found is not None:
+            number, how, inner = found
+            if number < 0:
+                return how
+            eqn = _jax.body_of(clean).eqns[number]
+            return inner or f"{eqn.primitive.name} at {_jax.source(eqn, (want, None))}, whose result {how}"
+    return ""
+
+
+def _inside(stages: Stages, value: Value, stage: Stage) -> Value:
+    """A stage's input under the name that the stage's ops use for it."""
+    names = {v for op, span in stage.items for v in reads(op, span)}
+    if value in names:
+        return value
+    loop_op = stages.problem.phases.token_loop if stages.problem.phases else None
+    assert loop_op is not None and loop_op.loop is not None
+    own = loop_op.inputs[loop_op.loop.cond_consts :]
+    for inner, outer in zip(loop_op.loop.body.inputs[: loop_op.loop.consts], own, strict=False):
+        if outer == value[0] and (inner, value[1]) in names:
+            return (inner, value[1])
+    return value
+
+
+def describe(program: Program, op: Op) -> str:
+    """An op for people: its primitive, scope and source line."""
+    return f"op {op.id} ({op.primitive}) in {op.scope or 'the top scope'} at {program.source(op)}"

@@ -1,0 +1,103 @@
+"""The search for what diverges: inside a compiled loop, inside a layer scan in it, and in late trips."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import partition as pt
+from partition.errors import EquivalenceError
+
+W = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
+TOKENS = np.array([1, 2], np.int32)
+
+
+def request(op: Any = jnp.sin, late: int = -1, layers: bool = False, loop: str = "scan") -> Any:
+    """A greedy request; `op` works in its decode body, in a scan of layers there, or from step `late` on."""
+
+    def layer(h: Any, w: Any) -> Any:
+        h = h @ w
+        with jax.named_scope("suspect"):
+            return op(h), None
+
+    def fn(w: Any, tokens: Any) -> Any:
+        def step(carry: Any, i: Any) -> Any:
+            token, h, n = carry
+            h = h + w[token]
+            if layers:
+                h = jax.lax.scan(layer, h, jnp.stack([w, w]))[0]
+            elif late >= 0:
+                h = jnp.where(n >= late, op(h), h)
+            else:
+                h = layer(h, w)[0]
+            token = jnp.argmax(h @ w, -1).astype(jnp.int32)
+            return (token, h, n + 1), h
+
+        start = (tokens, jnp.tanh(w[tokens] @ w), jnp.int32(0))
+        if loop == "while":
+            return jax.lax.while_loop(lambda c: c[2] < 5, lambda c: step(c, None)[0], start)[1]
+        return jax.lax.scan(step, start, jnp.arange(5))[1]
+
+    return fn
+
+
+def planted(policy: Any, **form: Any) -> str:
+    """Where a check says that a program diverges whose stages compute cos where they should compute sin."""
+    right, wrong = (pt.trace(request(op, **form), W, TOKENS) for op in (jnp.sin, jnp.cos))
+    made = [pt.plan(p, cluster="trn2_efa_4cs3", policy=policy).stages for p in (right, wrong)]
+    swap = {a.id: dataclasses.replace(a, jaxpr=b.jaxpr) for a, b in zip(made[0].all, made[1].all, strict=True)}
+
+    def changed(step: Any) -> Any:
+        if hasattr(step, "body"):
+            return dataclasses.replace(step, body=tuple(swap[s.id] for s in step.body))
+        return swap[step.id]
+
+    with pytest.raises(EquivalenceError) as error:
+        pt.check(dataclasses.replace(made[0], steps=tuple(map(changed, made[0].steps))), W, TOKENS)
+    return error.value.where
+
+
+@pytest.mark.parametrize("form", [{}, {"layers": True}, {"loop": "while"}, {"late": 3}], ids=str)
+def test_the_op_inside_a_compiled_loop_is_named(form: dict[str, Any]) -> None:
+    where = planted("phase_split", **form)
+    assert "inside it sin at" in where and "test_divergence.py" in where
+
+
+def cut_body(problem: pt.Problem) -> pt.Placement:
+    inside = [n for n, r in enumerate(problem.region) if r == "body"]
+    return problem.placement([0 if r == "top" else 1 + (n > inside[len(inside) // 2]) for n, r in enumerate(problem.region)])
+
+
+def test_a_late_trip_of_a_cut_loop_is_searched_too() -> None:
+    fn = request(jnp.sin, late=3)
+    program = pt.trace(fn, W, TOKENS)
+    problem = pt.pose(pt.tag(program), pt.cluster("trn2_efa_4cs3"), level="op")
+    stages = pt.cut(program, cut_body(problem))
+    verdict = pt.check(stages, W, TOKENS)
+    assert verdict.equal and any("first 2 of 5 trips" in n for n in verdict.not_shown)
+    other = pt.trace(request(jnp.cos, late=3), W, TOKENS)
+    theirs = pt.cut(other, cut_body(pt.pose(pt.tag(other), pt.cluster("trn2_efa_4cs3"), level="op")))
+    swap = {a.id: dataclasses.replace(a, jaxpr=b.jaxpr) for a, b in zip(stages.all, theirs.all, strict=True)}
+    steps = tuple(dataclasses.replace(s, body=tuple(swap[x.id] for x in s.body)) if hasattr(s, "body") else s for s in stages.steps)
+    with pytest.raises(EquivalenceError, match=r"\(sin\)") as error:
+        pt.check(dataclasses.replace(stages, steps=steps), W, TOKENS)
+    assert "trip 3" in error.value.where
+
+
+def test_a_fault_in_the_planners_own_reading_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from partition import _jax
+
+    good = _jax._Reader.literal
+    monkeypatch.setattr(_jax._Reader, "literal", lambda self, atom: next(iter(self._literals.values())) if self._literals else good(self, atom))
+    program = pt.trace(lambda w, x: (x * 2 + 3) @ w, W, np.ones((2, 8), np.float32))
+    stages = pt.plan(program, cluster="trn2_only", policy="single").stages
+    with pytest.raises(EquivalenceError):
+        pt.check(stages, W, np.ones((2, 8), np.float32))
+
+
+def test_a_source_line_is_the_callers_where_a_library_has_none() -> None:
+    program = pt.trace(lambda w, x: jax.nn.silu(x @ w), W, np.ones((2, 8), np.float32))
+    assert all("test_divergence.py" in program.source(op) for op in program.graph.ops)
