@@ -13,6 +13,7 @@ import numpy as np
 
 from partition.errors import InfeasibleError, PlacementError
 from partition.evaluation import Estimate, evaluate
+from partition.phases import Phase
 from partition.policies import phase_split, single
 from partition.policies._layers import of_kind
 from partition.problem import Placement, Problem
@@ -121,11 +122,11 @@ def explain(problem: Problem) -> Answer:
         raise InfeasibleError(f"{lacking.name}: {lacking.why_not}", where="explain", mend="use a larger cluster")
     best = min(singles, key=lambda a: a.estimate.score(problem.objective))  # type: ignore[union-attr]
     assert best.estimate is not None
-    body = [n for n, r in enumerate(problem.region) if r == "body"]
-    kind = problem.kinds[int(split.placement.mesh[body[0]])]
+    decode = int(split.placement.mesh[problem.nodes(Phase.DECODE)[0]])
+    kind, price = problem.kinds[decode], float(problem.price[decode]) / _devices(problem, decode) * 3600
     window = price_window(problem, split.estimate, [a.estimate for a in singles if a.estimate is not None], kind)
     beta = flip_beta(problem, split.placement, best.estimate)
-    sentence = _sentence(split.estimate, best, kind, window, beta)
+    sentence = _sentence(split.estimate, best, kind, price, window, beta)
     return Answer(split=split, best=best, alternatives=found, decode_kind=kind, window=window, flip_beta=beta, sentence=sentence)
 
 
@@ -133,14 +134,14 @@ def _numbers(e: Estimate) -> str:
     return f"TTFT {seconds(e.ttft)}, TPOT {seconds(e.tpot)}, {dollars(e.usd_per_mtok)} per million tokens"
 
 
-def _sentence(split: Estimate, best: Alternative, kind: str, window: tuple[float, float] | None, beta: float | None) -> str:
+def _sentence(split: Estimate, best: Alternative, kind: str, price: float, window: tuple[float, float] | None, beta: float | None) -> str:
     assert best.estimate is not None
     if window is None:
         money = f"it is the cheapest at no price of a {kind}"
     else:
         low, high = window
         between = f"between {dollars(low)} and {dollars(high)}" if low > 0 and high < float("inf") else f"above {dollars(low)}" if low > 0 else f"below {dollars(high)}"
-        money = f"it is the cheapest {between} per {kind}-hour" if low > 0 or high < float("inf") else f"it is the cheapest at any price of a {kind}"
+        money = f"it is the cheapest {between} per {kind}-hour (the profile says {dollars(price)})" if low > 0 or high < float("inf") else f"it is the cheapest at any price of a {kind}"
     wins = split.e2e < best.estimate.e2e
     speed = f"faster end to end above {rate(beta)} between the two" if beta is not None else f"{'faster' if wins else 'slower'} end to end at any bandwidth"
     return f"The announced split gives {_numbers(split)}; the best single kind ({best.name}) {_numbers(best.estimate)}; {money}, and {speed}."

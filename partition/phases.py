@@ -25,6 +25,7 @@ from partition.passes import dependents, passes
 if TYPE_CHECKING:
     import networkx as nx
 
+    from partition.anatomy import Anatomy
     from partition.program import Program
 
 class Phase(enum.StrEnum):
@@ -69,6 +70,13 @@ class Phases:
     def token_loop(self) -> Op | None:
         """The token loop's op, on the top level."""
         return None if self.loop is None else self.program.op[self.loop]
+
+    @functools.cached_property
+    def anatomy(self) -> Anatomy:
+        """What part of the model each op is, and in which layer."""
+        from partition.anatomy import anatomy
+
+        return anatomy(self)
 
     @functools.cached_property
     def handoff_bytes(self) -> float:

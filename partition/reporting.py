@@ -75,14 +75,20 @@ def stage_table(plan: Plan, most: int = 30) -> str:
 
 def link_table(plan: Plan) -> str:
     """Links with bytes, time, and what of the hand-off prefill hides."""
+    found = links(plan)
+    if not found:
+        return "Links: nothing crosses"
+    lines = [(f"{a} -> {b}", size(n), seconds(t), rate(beta), how) for a, b, n, t, beta, how in found]
+    shown = table("Links (a request)", ("link", "bytes", "time", "bandwidth", "overlapped with prefill"), lines)
+    return shown + (f"\nprefill hides all of the hand-off but {seconds(plan.estimate.exposed)}" if any(how != "no" for *_, how in found) else "")
+
+
+def links(plan: Plan) -> list[tuple[str, str, float, float, float, str]]:
+    """(from, to, bytes a request, seconds, bytes per second, what is overlapped) of every link that is used."""
     p, e = plan.problem, plan.estimate
     handoff = {(int(plan.placement.mesh[f.src]), int(plan.placement.mesh[d])) for f in p.flows if f.kind == "handoff" for d in f.dst}
-    lines = [(f"{p.meshes[a]} -> {p.meshes[b]}", size(n), seconds(e.link_busy[a, b]), rate(float(p.beta[a, b])),
-              "hand-off, as layers finish" if (a, b) in handoff else "no") for (a, b), n in sorted(e.link_bytes.items())]  # fmt: skip
-    if not lines:
-        return "Links: nothing crosses"
-    shown = table("Links (a request)", ("link", "bytes", "time", "bandwidth", "overlapped with prefill"), lines)
-    return shown + (f"\nprefill hides all of the hand-off but {seconds(e.exposed)}" if handoff & set(e.link_bytes) else "")
+    return [(p.meshes[a], p.meshes[b], n, e.link_busy[a, b], float(p.beta[a, b]), "hand-off, as layers finish" if (a, b) in handoff else "no")
+            for (a, b), n in sorted(e.link_bytes.items())]  # fmt: skip
 
 
 def memory_table(plan: Plan) -> str:
@@ -191,7 +197,7 @@ def html(plan: Plan) -> str:
     return template.render(
         plan=plan, e=e, p=p, headline=headline(plan), answer=answer, reason=reason, rows=rows(plan), bars=_bars(schedule(p, plan.placement)),
         sources=sources, seconds=seconds, size=size, flops=flops, dollars=dollars, rate=rate, Phase=Phase, zip=zip,
-        links=[(p.meshes[a], p.meshes[b], n, e.link_busy[a, b]) for (a, b), n in sorted(e.link_bytes.items())],
+        links=links(plan),
     )  # fmt: skip
 
 
