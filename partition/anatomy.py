@@ -6,7 +6,7 @@ Found from the structure, without names. Contractions are told first:
   (state-space and linear-recurrent layers);
 - with a weight, all of whose readers up to the next residual are of one of these two, or that takes what comes of one: the same;
 - one whose result is chosen from, with the choice deciding which weights or rows others read, is a ROUTER; ragged contractions, and those
-  batched over weights that a router's choice selects, are EXPERTS;
+  with weights that a choice selects, are EXPERTS;
 - the last one before a token is chosen, or before the end, is the HEAD; a look-up of tokens in a weight is the EMBEDDING;
 - any other is MLP (shared experts too: every token takes them).
 
@@ -115,6 +115,10 @@ class _Level:
         """Whether an op looks rows up in a table of weights: tokens become embeddings, a new pass begins."""
         return op.primitive == "gather" and op.inputs[0] in self.weighty and len(self.tensors[op.inputs[0]].shape) == 2
 
+    def selects(self, op: Op) -> bool:
+        """Whether an op takes some of many matrices of weights: those of the experts that were chosen."""
+        return op.primitive in ("gather", "dynamic_slice") and op.inputs[0] in self.weighty and len(self.tensors[op.inputs[0]].shape) > 2
+
     def residual(self, op: Op) -> bool:
         """Whether an op adds two activations of one shape, one of which is read elsewhere too: a residual stream goes on."""
         if op.primitive != "add" or len(op.inputs) != 2 or not self.weighty.isdisjoint(op.inputs):
@@ -160,6 +164,8 @@ def _kinds(level: Graph, weighty: set[int], skip: set[int], kind: dict[int, Kind
     plain = [op for op in level.ops if op.id not in skip and op.primitive in CONTRACTIONS]
     for op in plain:
         if op.primitive == "ragged_dot_general":
+            kind[op.id] = Kind.EXPERTS
+        elif weighty.isdisjoint(op.inputs[:2]) and any(g.selects(m) for t in op.inputs[:2] for m in g.behind(op, t)):
             kind[op.id] = Kind.EXPERTS
         elif weighty.isdisjoint(op.inputs[:2]):
             kind[op.id] = Kind.ATTENTION if _scores(g, op) or any(kind.get(m.id) is Kind.ATTENTION for t in op.inputs[:2] for m in g.behind(op, t)) else Kind.RECURRENT

@@ -190,7 +190,9 @@ def verify(problem: Problem, placement: Any) -> Placement:
         raise PlacementError(f"mesh numbers are whole numbers, the placement holds {mesh.dtype}", where="placement",
                              mend="return problem.placement(array of mesh numbers)")  # fmt: skip
     for n, others in placement.also.items():
-        known = isinstance(others, tuple) and all(isinstance(m, int | np.integer) for m in others) and 0 <= n < len(problem)
+        if not 0 <= n < len(problem):
+            raise PlacementError(f"node {n} is placed, which this problem does not have", where="placement.also", mend=f"nodes run from 0 to {len(problem) - 1}")
+        known = isinstance(others, tuple) and all(isinstance(m, int | np.integer) for m in others)
         if not known or len({int(mesh[n]), *others}) != 1 + len(others):
             raise PlacementError(f"the further meshes of node {n} are {others!r}", where="placement.also",
                                  mend="give a tuple of mesh numbers, each once and without the node's own; or use problem.placement(...)")  # fmt: skip

@@ -114,8 +114,8 @@ def test_missing_and_foreign_nodes_are_refused(made, says: str) -> None:  # type
 
 def test_pins_hold_for_every_policy() -> None:
     phases, _ = tagged()
-    problem = pose(phases, profiles.cluster("trn2_efa_cs3"), pins={"head": "trn2"})
-    n = problem.names.index("head")
+    problem = pose(phases, profiles.cluster("trn2_efa_cs3"), pins={"decode/head": "trn2"})
+    n = problem.names.index("decode/head")
     for name, policy in POLICIES.items():
         assert policy(problem).mesh[n] == 0, name
     with pytest.raises(NameUnknownError, match="head2"):

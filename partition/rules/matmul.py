@@ -9,8 +9,13 @@ from partition.graph import Op, Tensor
 from partition.work import Work, rule
 
 
+def _arithmetic(dtype: str) -> str:
+    """The dtype whose peak a contraction runs at: index arithmetic in wide integers keeps the lanes busy that float32 would."""
+    return "float32" if dtype in ("int32", "uint32", "int64", "uint64", "bool") else dtype
+
+
 def _work(flops: float, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
-    return Work(flops={ins[0].dtype: flops}, read=sum(t.nbytes for t in ins), written=outs[0].nbytes, contractions=1)
+    return Work(flops={_arithmetic(ins[0].dtype): flops}, read=sum(t.nbytes for t in ins), written=outs[0].nbytes, contractions=1)
 
 
 @rule("dot_general")
@@ -34,7 +39,7 @@ def ragged_dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) ->
     rows = math.prod(ins[0].shape[d] for d in numbers.lhs_ragged_dimensions)
     share = min(1.0, rows / groups) if numbers.rhs_group_dimensions else 1.0
     read = ins[0].nbytes + ins[1].nbytes * share + sum(t.nbytes for t in ins[2:])
-    return Work(flops={ins[0].dtype: flops}, read=read, written=outs[0].nbytes, contractions=1)
+    return Work(flops={_arithmetic(ins[0].dtype): flops}, read=read, written=outs[0].nbytes, contractions=1)
 
 
 @rule("conv_general_dilated")
