@@ -4,22 +4,36 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FOREIGN := .venv-foreign-$(VERSION)
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-all parity lint bench
+.PHONY: demo test test-all parity foreign lint bench
 demo: $(STAMP)
 	$(BIN)/partition demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not parity" -n 2
-	@echo "left out: slow and parity tests (make test-all), benchmarks (make bench)"
+	@echo "left out: slow and parity tests (make test-all), models of others (make foreign), benchmarks (make bench)"
 
 test-all: $(STAMP) parity
 	$(BIN)/python -m pytest -m "not parity" -n 2
-	@echo "left out: benchmarks (make bench)"
+	@echo "left out: models of others (make foreign), benchmarks (make bench)"
 
 parity: $(STAMP) $(VENV)/.parity
 	$(BIN)/python -m pytest -m parity
+
+# models that others wrote, in an environment of their own: they pin older versions of what we use
+foreign: $(FOREIGN)/.installed
+	$(FOREIGN)/bin/python -m pytest tests/test_foreign.py
+
+$(FOREIGN)/.installed: $(STAMP)
+	@echo "setting up $(FOREIGN)"
+	test -x $(FOREIGN)/bin/python || $(PYTHON) -m venv $(FOREIGN)
+	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'transformers==4.57.6' einops jaxtyping sentencepiece \
+	  'typeguard<3' pillow clu tensorboardX perfetto pandas tqdm importlib_resources
+	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check --no-deps gemma==3.3.0 kauldron==1.4.1 google-tunix==0.1.7 \
+	  google-metrax qwix dantinox==0.4.14
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check partition models tests benchmarks
