@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import itertools
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -126,11 +128,21 @@ class _Level:
         a, b = (self.tensors[t].shape for t in op.inputs)
         return a == b and len(a) > 1 and any(len(self.readers.get(t, ())) > 1 or t not in self.maker for t in op.inputs)
 
-    def ahead(self, op: Op, residuals: bool = True) -> Iterable[Op]:
-        """Ops that read what an op makes, and go on through those that are no contraction (nor, if so asked, a residual)."""
-        seen, queue = {op.id}, [r for t in op.outputs for r in self.readers.get(t, ())]
+    @functools.cached_property
+    def leads(self) -> set[int]:
+        """Ops whose results reach a contraction, before tokens are looked up anew."""
+        found: set[int] = set()
+        for op in reversed(self.ops):
+            readers = [r for t in op.outputs for r in self.readers.get(t, ()) if not self.looks_up(r)]
+            if any(_contracts(r) or r.id in found for r in readers):
+                found.add(op.id)
+        return found
+
+    def ahead(self, op: Op, residuals: bool = False) -> Iterable[Op]:
+        """Ops that read what an op makes, and go on through those that are no contraction (nor, unless asked for, a residual)."""
+        seen, queue = {op.id}, deque(r for t in op.outputs for r in self.readers.get(t, ()))
         while queue:
-            reader = queue.pop(0)
+            reader = queue.popleft()
             if reader.id in seen:
                 continue
             seen.add(reader.id)
@@ -139,15 +151,15 @@ class _Level:
                 queue += [r for t in reader.outputs for r in self.readers.get(t, ())]
 
     def behind(self, op: Op, operand: int) -> Iterable[Op]:
-        """Ops that make an operand, and go back through those that are no contraction."""
-        seen, queue = set(), [self.maker[operand]] if operand in self.maker else []
+        """Ops that make an operand, and go back through those that are no contraction and no residual."""
+        seen, queue = set[int](), deque([self.maker[operand]] if operand in self.maker else [])
         while queue:
-            maker = queue.pop(0)
+            maker = queue.popleft()
             if maker.id in seen:
                 continue
             seen.add(maker.id)
             yield maker
-            if not _contracts(maker):
+            if not _contracts(maker) and not self.residual(maker):
                 queue += [self.maker[t] for t in maker.inputs if t in self.maker]
 
 
@@ -183,7 +195,7 @@ def _routing(g: _Level, plain: Sequence[Op], kind: dict[int, Kind]) -> None:
         if op.id in kind:
             continue
         chooser = next((r for r in g.ahead(op) if discretises(r, g.tensors) and r.primitive in ("top_k", "argmax", "sort", "approx_top_k")), None)
-        if chooser is not None and any(_contracts(r) for r in g.ahead(chooser)):
+        if chooser is not None and chooser.id in g.leads:
             kind[op.id] = Kind.ROUTER
             for r in g.ahead(chooser):
                 if r.id not in kind and r.primitive == "dot_general" and any(len(g.tensors[t].shape) > 2 for t in r.inputs if t in g.weighty):
@@ -195,7 +207,7 @@ def _head(g: _Level, plain: Sequence[Op], kind: dict[int, Kind], last: bool) -> 
     if not last:
         return
     for op in reversed(plain):
-        if op.id not in kind and not g.weighty.isdisjoint(op.inputs) and not any(_contracts(r) for r in g.ahead(op)):
+        if op.id not in kind and not g.weighty.isdisjoint(op.inputs) and op.id not in g.leads:
             kind[op.id] = Kind.HEAD
             return
 
@@ -210,12 +222,12 @@ def _mixers(g: _Level, plain: Sequence[Op], kind: dict[int, Kind]) -> None:
     """Projections of attention and of recurrences: what takes their results before a residual, then what feeds nothing but them."""
     for op in plain:  # in program order, so that what takes a result is asked again in its turn
         if kind.get(op.id) in (Kind.ATTENTION, Kind.RECURRENT):
-            for other in g.ahead(op, residuals=False):
+            for other in g.ahead(op):
                 if other.primitive in CONTRACTIONS:
                     kind.setdefault(other.id, kind[op.id])
     for op in reversed(plain):
         if op.id not in kind:
-            found = [kind.get(r.id) for r in g.ahead(op, residuals=False) if _contracts(r)]
+            found = [kind.get(r.id) for r in g.ahead(op) if _contracts(r)]
             if found and found[0] is not None and set(found) <= {Kind.ATTENTION, Kind.RECURRENT}:
                 kind[op.id] = found[0]
 
@@ -223,7 +235,7 @@ def _mixers(g: _Level, plain: Sequence[Op], kind: dict[int, Kind]) -> None:
 def _others(g: _Level, level: Graph, skip: set[int], kind: dict[int, Kind]) -> None:
     """Ops that are no contraction."""
     heads = [op for op in level.ops if kind.get(op.id) is Kind.HEAD]
-    after = {r.id for op in heads for r in g.ahead(op)}
+    after = {r.id for op in heads for r in g.ahead(op, residuals=True)}
     for op in level.ops:
         if op.id in kind or op.id in skip:
             continue
