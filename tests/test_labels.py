@@ -4,8 +4,11 @@ The labels are written where the model is; the tagger sees a build in which ever
 """
 
 import contextlib
+import dataclasses
 import importlib
+import random
 import re
+from collections import Counter
 from typing import Any
 
 import jax
@@ -13,7 +16,9 @@ import pytest
 import zoo
 
 from partition.equivalence import check
+from partition.errors import NameUnknownError, PhaseError
 from partition.graph import Graph
+from partition.loops import CONTRACTIONS
 from partition.phases import Phase, Phases, tag
 from partition.pipeline import plan
 from partition.program import trace
@@ -87,3 +92,57 @@ def test_hand_offs_of_the_zoo() -> None:
     kinds = {name: sorted(c.kind for c in tag(trace(fn, *args)).handoff) for name, (fn, args) in zoo.CASES.items()}
     assert kinds["plain"] == kinds["unrolled"] == kinds["beam"][:2] + ["value"] == ["cache", "cache", "value"]
     assert kinds["speculative"] == ["cache"] * 4 + ["value"] and kinds["recurrent"] == ["value", "value"]
+
+
+def reordered(graph: Graph, rng: random.Random) -> Graph:
+    """The same graph, bodies of loops included, with its equations in another order that runs."""
+    left, known, order = list(graph.ops), set(graph.inputs), []
+    made = {t for op in graph.ops for t in op.outputs}
+    while left:
+        ready = [op for op in left if all(t in known or t not in made for t in op.inputs)]
+        op = rng.choice(ready[:40])
+        left.remove(op)
+        known.update(op.outputs)
+        if op.loop is not None:
+            op = dataclasses.replace(op, loop=dataclasses.replace(op.loop, body=reordered(op.loop.body, rng)))
+        order.append(op)
+    return dataclasses.replace(graph, ops=tuple(order))
+
+
+@pytest.mark.parametrize("name", ["plain", "chunked", "speculative", "unrolled", "quantised", "continuous", "recurrent"])
+def test_another_order_of_equations_changes_no_tag(name: str) -> None:
+    fn, args = zoo.CASES[name]
+    program = trace(fn, *args)
+    (entry,) = program.entries
+    for seed in range(3):
+        lowered = dataclasses.replace(entry.lowered, graph=reordered(program.graph, random.Random(seed)))
+        other = dataclasses.replace(program, entries=(dataclasses.replace(entry, lowered=lowered),))
+        assert tag(other).of == tag(program).of and tag(other).loop == tag(program).loop
+
+
+@pytest.mark.parametrize("name", ["plain", "chunked", "unrolled", "speculative", "continuous"])
+def test_calls_outlined_change_no_tag(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, args = zoo.CASES[name]
+    counts = []
+    for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+        with monkeypatch.context() as patch:
+            patch.setattr(zoo, "forward", wrap(zoo.forward))
+            program = trace(lambda *a: fn(*a), *args)
+        phases = tag(program)
+        counts.append(Counter((op.primitive, phases.of[op.id]) for op in program.graph.walk() if op.primitive in CONTRACTIONS))
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_the_callers_word_wins() -> None:
+    fn, args = zoo.CASES["plain"]
+    program = trace(fn, *args)
+    first = tag(program)
+    head = [o.id for o in program.graph.ops if first.of[o.id] is Phase.PREFILL][-1]
+    assert tag(program, phases={head: "decode"}).of[head] is Phase.DECODE
+    assert all(p is Phase.NONE for n, p in tag(program, phases={"decode": "none"}).of.items() if n in {o.id for o in program.graph.walk() if o.scope.startswith("decode")})
+    with pytest.raises(PhaseError, match="needs what decode op"):
+        tag(program, phases={program.graph.ops[3].id: "decode"})
+    with pytest.raises(PhaseError, match="no op is called 'nowhere'"):
+        tag(program, phases={"nowhere": "decode"})
+    with pytest.raises(NameUnknownError, match="no phase called 'prefil'"):
+        tag(program, phases={head: "prefil"})
