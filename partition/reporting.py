@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from partition.equivalence import Verdict
     from partition.explanation import Answer
     from partition.pipeline import Plan
+    from partition.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,17 @@ def rows(plan: Plan) -> list[Row]:
             for name, value in {**parts, "link": c.link, "latency": c.latency}.items():
                 limits[name] = limits.get(name, 0.0) + value
         found.append(Row(
-            stage=f"{i} {p.phase[run[0]]}" + (f" {p.names[run[0]]}" if len(runs) > 4 else ""), mesh=p.meshes[m], ops=sum(len(p.blocks[n].items) for n in run) if p.blocks else 0,
+            stage=f"{i} {p.phase[run[0]]}" + (_extent(p, run) if len(runs) > 4 else ""), mesh=p.meshes[m], ops=sum(len(p.blocks[n].items) for n in run) if p.blocks else 0,
             flops=float(work.total_flops), bytes=float(work.bytes), seconds=float(p.seconds[run, m].sum()), times=int(p.times[run[0]]),
             bound_by=max(limits, key=lambda k: limits[k]) if any(limits.values()) else "",
         ))  # fmt: skip
     return found
+
+
+def _extent(p: Problem, run: list[int]) -> str:
+    """From which node to which a stage goes, without the phase in their names."""
+    first, last = (p.names[n].removeprefix(f"{p.phase[n]}/") for n in (run[0], run[-1]))
+    return f" {first}" + (f" .. {last}" if last != first else "")
 
 
 def stage_table(plan: Plan, most: int = 30) -> str:
