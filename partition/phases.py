@@ -83,6 +83,18 @@ class Phases:
         """Bytes of everything that crosses from prefill to decode."""
         return sum(c.nbytes for c in self.handoff)
 
+    @functools.cached_property
+    def handoff_by_layer(self) -> dict[int | None, float]:
+        """Bytes that cross from prefill to decode, by the layer that makes them (None: outside of any); a scan of layers shares its own out."""
+        graph, found = self.program.graph, dict[int | None, float]()
+        for crossing in self.handoff:
+            op = graph.producer[crossing.tensor]
+            trips = op.loop.trips if op.loop is not None and op.loop.kind == "scan" and crossing.tensor in op.outputs[op.loop.carry :] else None
+            layers = range(trips) if trips else [self.anatomy.layer[op.id]]
+            for n in layers:
+                found[n] = found.get(n, 0.0) + crossing.nbytes / len(layers)
+        return found
+
     def ops(self, phase: Phase | str) -> list[Op]:
         """The ops of a phase: of the top level, and of the token loop's body in place of the loop."""
         return [op for op in _flat(self.program.graph, self.loop) if self.of[op.id] == Phase(phase)]

@@ -67,3 +67,11 @@ def test_what_is_no_contraction_has_its_part_too() -> None:
 def test_repeats() -> None:
     assert repeats("abcabcabcx") == (0, 3, 3) and repeats("xyababab") == (2, 2, 3) and repeats("abcd") == (0, 1, 1) and repeats("") == (0, 1, 0)
     assert repeats("h" + "qkvo" * 126 + "z") == (1, 4, 126)
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_what_crosses_is_known_by_layer(layers: str) -> None:
+    phases = tagged("llama", layers)
+    cache = 2 * 2 * (12 + 4) * 2 * 16 * 4  # keys and values of 2 sequences, 16 places, 2 heads of 16, 4 bytes
+    assert {n: b for n, b in phases.handoff_by_layer.items() if n is not None} == {0: cache, 1: cache, 2: cache}
+    assert sum(phases.handoff_by_layer.values()) == phases.handoff_bytes
