@@ -22,7 +22,8 @@ test-all: $(STAMP) parity
 parity: $(STAMP) $(VENV)/.parity
 	$(BIN)/python -m pytest -m parity
 
-# models that others wrote, in an environment of their own: they pin older versions of what we use
+# models that others wrote, in an environment of their own: they pin older versions of what we use (gemma is left out: it wants Python 3.13
+# and packages that clash with the others)
 foreign: $(FOREIGN)/.installed
 	$(FOREIGN)/bin/python -m pytest tests/test_foreign.py
 
@@ -31,8 +32,7 @@ $(FOREIGN)/.installed: $(STAMP)
 	test -x $(FOREIGN)/bin/python || $(PYTHON) -m venv $(FOREIGN)
 	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'transformers==4.57.6' einops jaxtyping sentencepiece \
 	  'typeguard<3' pillow clu tensorboardX perfetto pandas tqdm importlib_resources
-	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check --no-deps gemma==3.3.0 kauldron==1.4.1 google-tunix==0.1.7 \
-	  google-metrax qwix dantinox==0.4.14
+	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check --no-deps google-tunix==0.1.7 google-metrax==0.2.4 qwix==0.1.8 dantinox==0.4.14
 	@touch $@
 
 lint: $(STAMP)

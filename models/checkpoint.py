@@ -6,15 +6,19 @@ missing tensor or a wrong shape is named by tensor. Nothing here starts a JAX ba
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+Make = Callable[[str, tuple[int, ...]], Any]
+"""(name, shape) -> an array or a ShapeDtypeStruct: where a model's parameters come from."""
 
 
 class ModelError(ValueError):
@@ -40,7 +44,7 @@ class Checkpoint:
             raise ModelError(f"the checkpoint has no tensor {name!r}", where=str(self.path),
                              mend="check that the configuration and the weights are of the same model (tied head? other layout?)")  # fmt: skip
         value = self.read(name)
-        if value.dtype.kind not in "fV" and "float" not in str(value.dtype):
+        if "float" not in str(value.dtype):
             raise ModelError(f"tensor {name!r} is {value.dtype}, not floats", where=str(self.path), mend="use a checkpoint that is not quantised")
         if tuple(value.shape) != shape:
             raise ModelError(f"tensor {name!r} has shape {tuple(value.shape)}, the configuration asks for {shape}",
@@ -76,19 +80,67 @@ def hold_to_layers(checkpoint: Checkpoint, prefix: str, layers: int) -> None:
                          mend="use the config.json that was saved with these weights")  # fmt: skip
 
 
-def hold_to_numbers(config: Mapping[str, Any]) -> None:
-    """Raise ModelError where a size is no positive whole number, a scale no positive number, or the dtype no float type."""
-    sizes = {k: config[k] for k in ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn")}
-    scales = {k: config[k] for k in ("rope_theta", "norm_eps")} | (vars(config["rope_scaling"]) if config["rope_scaling"] else {})
-    wrong = [f"{k} = {v!r}" for k, v in sizes.items() if not isinstance(v, int | np.integer) or isinstance(v, bool) or v < 1]
-    wrong += [f"{k} = {v!r}" for k, v in scales.items() if not isinstance(v, numbers.Real) or isinstance(v, bool) or not 0 < v < float("inf")]
+def hold_to_numbers(config: Any, sizes: Sequence[str], scales: Sequence[str] = ("norm_eps",)) -> None:
+    """Raise ModelError where a size of a Config is no whole number from 1, a scale no number above 0, or its dtype no float type."""
+    held = vars(config)
+    wrong = [f"{k} = {v!r}" for k in sizes if not isinstance(v := held[k], int | np.integer) or isinstance(v, bool) or v < 1]
+    wrong += [f"{k} = {v!r}" for k in scales if not isinstance(v := held[k], numbers.Real) or isinstance(v, bool) or not 0 < v < float("inf")]
+    wrong += [f"dtype = {v!r}" for v in [held.get("dtype", "float32")] if v not in ("float32", "bfloat16", "float16", "float64")]
     if wrong:
-        raise ModelError(f"a model cannot have {', '.join(wrong)}", where="the configuration", mend="sizes are whole numbers from 1, scales numbers above 0")
-    if sizes["heads"] % sizes["kv_heads"] or sizes["head_dim"] % 2:
-        raise ModelError(f"{sizes['heads']} heads of size {sizes['head_dim']} cannot share {sizes['kv_heads']} KV heads", where="the configuration",
-                         mend="KV heads divide the heads, and a head's size is even (its halves are turned)")  # fmt: skip
-    if (dtype := config["dtype"]) not in ("float32", "bfloat16", "float16", "float64"):
-        raise ModelError(f"weights of dtype {dtype!r} cannot be made", where="the configuration", mend="use float32, bfloat16 or float16")
+        raise ModelError(f"a model cannot have {', '.join(wrong)}", where="the configuration",
+                         mend="sizes are whole numbers from 1, scales numbers above 0, dtype is float32, bfloat16 or float16")  # fmt: skip
+
+
+def hold_to_known(family: str, where: str, mend: str, *known: tuple[str, Any, tuple[Any, ...]]) -> None:
+    """Raise ModelError where a config.json says what a family does not compute: each of `known` is (key, value, the values it may have)."""
+    if wrong := [f"{key}={value!r}" for key, value, may in known if value not in may]:
+        raise ModelError(f"models.{family} does not compute {', '.join(wrong)}", where=where, mend=mend)
+
+
+def absent(meta: Mapping[str, Any], *keys: str) -> tuple[tuple[str, Any, tuple[Any, ...]], ...]:
+    """For `hold_to_known`: keys that must be absent or false."""
+    return tuple((key, meta.get(key), (None, False)) for key in keys)
+
+
+def rotary_part(meta: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
+    """The rotary part of a config.json (`rope_parameters`, or the older `rope_scaling`) and its type. Raises ModelError where it is no object."""
+    rope = meta.get("rope_parameters") or meta.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"the rotary part is {rope!r}, not an object with a rope_type", where=where, mend="use the config.json saved with the weights")
+    return rope, rope.get("rope_type", rope.get("type", "default"))
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Around the reading of a config.json: what is missing or makes no Config is a ModelError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        what = f"the configuration has no key {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise ModelError(what, where=where, mend="use the config.json saved with the weights") from None
+
+
+def stacks(one: Make, first: int = 0) -> Make:
+    """A Make whose names may hold `*`: each stands for a leading axis of the shape, counted from 0 (that of the layers from `first`)."""
+
+    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if "*" not in name:
+            return np.asarray(one(name, shape))
+        start = first if "layers.*" in name else 0
+        return np.stack([make(name.replace("*", str(start + i), 1), shape[1:]) for i in range(shape[0])])
+
+    return make
+
+
+def kernels(file: Checkpoint, dtype: str) -> Make:
+    """A Make of the arrays of a Hugging Face file, in `dtype`: linear kernels as (in, out), all else as it lies (a bias in float32)."""
+
+    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        linear = len(shape) == 2 and "embed" not in name
+        value = file.tensor(name, shape[::-1] if linear else shape)
+        return np.ascontiguousarray(value.T if linear else value, dtype="float32" if name.endswith("bias") else dtype)
+
+    return make
 
 
 def open_safetensors(folder: str | Path) -> Checkpoint:
@@ -144,22 +196,6 @@ def open_gguf(file: str | Path) -> Checkpoint:
         return np.asarray(values, np.float32).reshape(tuple(int(n) for n in tensor.shape)[::-1])
 
     return Checkpoint(path=file, meta=meta, names=frozenset(tensors), read=read)
-
-
-def hold_to_family(meta: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The rotary part of a config.json (`rope_parameters`, or the older `rope_scaling`); raises ModelError for what no Config says."""
-    rope = meta.get("rope_parameters") or meta.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"the rotary part is {rope!r}, not an object", where=where, mend="use the config.json saved with the weights")
-    wrong = [f"{key}={value!r}" for key, value, known in (
-        ("model_type", meta.get("model_type"), ("llama", "qwen3")), ("hidden_act", meta.get("hidden_act", "silu"), ("silu",)),
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "llama3")),
-        *((key, meta.get(key), (None, False)) for key in ("attention_bias", "mlp_bias", "use_sliding_window")),
-    ) if value not in known]  # fmt: skip
-    if wrong:
-        raise ModelError(f"models.llama does not compute {', '.join(wrong)}", where=where,
-                         mend="use a Llama, SmolLM2 or Qwen3 checkpoint without biases, with plain or llama3 rotary positions")  # fmt: skip
-    return rope
 
 
 _GGUF_NAMES = {

@@ -21,11 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import ModelError, hold_to_numbers, open_safetensors
-from models.generate import Loop, Make, generate, maker, request
-from models.llama import MLP, Linear, RMSNorm
+from models.checkpoint import (
+    Make,
+    ModelError,
+    absent,
+    hold_to_known,
+    hold_to_numbers,
+    kernels,
+    open_safetensors,
+    reading,
+    rotary_part,
+    stacks,
+)
+from models.generate import named, of_nnx, requested, through
+from models.llama import MLP, Block, Linear, RMSNorm, mlp
 from models.llama import rotate as rotate_halves
-from models.mixtral import Experts, tensors
+from models.mixtral import Experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +49,9 @@ class Yarn:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all: float = 1.0
+
+    def __post_init__(self) -> None:
+        hold_to_numbers(self, (), ("factor", "original", "beta_fast", "beta_slow", "mscale", "mscale_all"))
 
     def magnitude(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(max(self.factor, 1.0)) + 1.0
@@ -73,10 +87,10 @@ class Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        hold_to_numbers(vars(self) | {"kv_heads": self.heads, "head_dim": self.rope_dim})
+        hold_to_numbers(self, ("vocab", "dim", "layers", "heads", "rope_dim", "ffn"), ("rope_theta", "norm_eps"))
         sizes = (self.moe_ffn, self.experts, self.top_k, self.shared, self.q_rank or 1, self.kv_rank, self.nope_dim, self.v_dim, self.groups)
         whole = all(isinstance(n, int | np.integer) and n > 0 for n in (*sizes, self.top_groups)) and isinstance(self.dense, int | np.integer)
-        if not (whole and 0 <= self.dense < self.layers and self.experts % self.groups == 0 and self.top_groups <= self.groups
+        if not (whole and self.rope_dim % 2 == 0 and 0 <= self.dense < self.layers and self.experts % self.groups == 0 and self.top_groups <= self.groups
                 and self.top_k <= self.experts // self.groups * self.top_groups and self.scoring in ("softmax", "sigmoid")):  # fmt: skip
             raise ModelError(f"these sizes make no model: {self}", where="the configuration", mend="use whole numbers; groups divide the "
                              "experts, the chosen groups hold top_k of them, and a layer is left after the dense ones")  # fmt: skip
@@ -201,19 +215,14 @@ class MoE(nnx.Module):
         return chosen, shares * cfg.share_scale
 
 
-class Block(nnx.Module):
-    def __init__(self, name: str, cfg: Config, make: Make, *, dense: bool = False):
-        self.attn_norm = RMSNorm(f"{name}.input_layernorm", cfg.dim, cfg.norm_eps, make)
-        self.attn = Attention(f"{name}.self_attn", cfg, make)
-        self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", cfg.dim, cfg.norm_eps, make)
-        self.mlp = MLP(f"{name}.mlp", cfg, make) if dense else MoE(f"{name}.mlp", cfg, make)
+def attention(name: str, cfg: Config, make: Make) -> nnx.Module:
+    """What stands in the place of Llama's attention."""
+    return Attention(f"{name}.self_attn", cfg, make)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, pos: Any) -> tuple[jax.Array, Any]:
-        with jax.named_scope("attn"):
-            y, cache = self.attn(self.attn_norm(x), cos, sin, cache, pos)
-            x = x + y
-        with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x)), cache
+
+def experts(name: str, cfg: Config, make: Make) -> nnx.Module:
+    """What stands in the place of Llama's MLP, after the dense layers."""
+    return MoE(f"{name}.mlp", cfg, make)
 
 
 class DeepSeek(nnx.Module):
@@ -222,9 +231,11 @@ class DeepSeek(nnx.Module):
     def __init__(self, cfg: Config, make: Make, *, scanned: bool = False):
         self.embed = nnx.Param(make("model.embed_tokens.weight", (cfg.vocab, cfg.dim)))
         alone = cfg.dense if scanned else cfg.layers
-        self.blocks = nnx.List([Block(f"model.layers.{i}", cfg, make, dense=i < cfg.dense) for i in range(alone)])
+        parts = [mlp if i < cfg.dense else experts for i in range(alone)]
+        self.blocks = nnx.List([Block(f"model.layers.{i}", cfg, make, attention=attention, mlp=part) for i, part in enumerate(parts)])
         if scanned:
-            self.stack = Block("model.layers.*", cfg, lambda name, shape: make(name, (cfg.layers - cfg.dense, *shape)))
+            stacked = cfg.layers - cfg.dense
+            self.stack = Block("model.layers.*", cfg, lambda name, shape: make(name, (stacked, *shape)), attention=attention, mlp=experts)
         self.norm = RMSNorm("model.norm", cfg.dim, cfg.norm_eps, make)
         self.head = Linear("lm_head", cfg.dim, cfg.vocab, make)
         self.cfg, self.scanned = cfg, scanned
@@ -240,21 +251,14 @@ class DeepSeek(nnx.Module):
         cos, sin = rotary(self.cfg, jnp.arange(tokens.shape[1]) if pos is None else jnp.full((1,), pos))
         with jax.named_scope("embed"):
             x = self.embed[...][tokens]
-        caches = []
-        for i, block in enumerate(self.blocks):
-            with jax.named_scope(f"layers.{i}"):
-                x, layer_cache = block(x, cos, sin, cache[i], pos)
-            caches.append(layer_cache)
+
+        def run(block: nnx.Module, x: jax.Array, layer_cache: Any) -> tuple[jax.Array, Any]:
+            return block(x, cos, sin, layer_cache, pos)
+
+        x, caches = through(self.blocks, run, x, cache)
         if self.scanned:
-            graphdef, stacked = nnx.split(self.stack)
-
-            def layer(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-                weights, layer_cache = xs
-                return nnx.merge(graphdef, weights)(x, cos, sin, layer_cache, pos)
-
-            with jax.named_scope("layers"):
-                x, stack_cache = jax.lax.scan(layer, x, (stacked, cache[-1]))
-            caches.append(stack_cache)
+            x, stack_cache = through(self.stack, run, x, cache[-1])
+            caches = [*caches, stack_cache]
         with jax.named_scope("head"):
             return self.head(self.norm(x)[:, -1]).astype(jnp.float32), caches
 
@@ -270,21 +274,17 @@ class DeepSeek(nnx.Module):
 def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
     """The Config of a config.json; raises ModelError for what this family does not compute and for missing keys."""
     v3 = meta.get("model_type") == "deepseek_v3"
-    rope = meta.get("rope_parameters") or meta.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    rope, kind = rotary_part(meta, where)
     grouped = v3 or meta.get("topk_method") == "group_limited_greedy"
-    wrong = [f"{key}={value!r}" for key, value, known in (
+    hold_to_known(
+        "deepseek", where, "use an unquantised DeepSeek V2 or V3 checkpoint (of V3 a conversion to bfloat16)",
         ("model_type", meta.get("model_type"), ("deepseek_v2", "deepseek_v3")), ("hidden_act", meta.get("hidden_act", "silu"), ("silu",)),
         ("topk_method", meta.get("topk_method"), (None, "noaux_tc") if v3 else (None, "greedy", "group_limited_greedy")),
         ("scoring_func", meta.get("scoring_func"), (None, "sigmoid" if v3 else "softmax")), ("rope_type", kind, ("default", "yarn")),
         ("norm_topk_prob", meta.get("norm_topk_prob"), (None, v3, False)), ("rope_interleave", meta.get("rope_interleave"), (None, True)),
-        ("moe_layer_freq", meta.get("moe_layer_freq"), (None, 1)),
-        *((key, meta.get(key), (None, False)) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings", "quantization_config")),
-    ) if value not in known]  # fmt: skip
-    if wrong:
-        raise ModelError(f"models.deepseek does not compute {', '.join(wrong)}", where=where,
-                         mend="use an unquantised DeepSeek V2 or V3 checkpoint (of V3 a conversion to bfloat16)")  # fmt: skip
-    try:
+        ("moe_layer_freq", meta.get("moe_layer_freq"), (None, 1)), *absent(meta, "attention_bias", "mlp_bias", "tie_word_embeddings", "quantization_config"),
+    )  # fmt: skip
+    with reading(where):
         yarn = kind == "yarn" and Yarn(factor=rope["factor"], original=rope["original_max_position_embeddings"], mscale=rope["mscale"],
                                        mscale_all=rope["mscale_all_dim"], beta_fast=rope["beta_fast"], beta_slow=rope["beta_slow"])  # fmt: skip
         return Config(vocab=meta["vocab_size"], dim=meta["hidden_size"], layers=meta["num_hidden_layers"], heads=meta["num_attention_heads"],
@@ -295,41 +295,18 @@ def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
                       top_groups=meta["topk_group"] if grouped else 1, normalise=v3 and meta.get("norm_topk_prob", True),
                       share_scale=meta["routed_scaling_factor"], rope_theta=rope.get("rope_theta", meta.get("rope_theta", 1e4)),
                       rope_scaling=yarn or None, norm_eps=meta["rms_norm_eps"], dtype=dtype)  # fmt: skip
-    except (KeyError, TypeError, ModelError) as error:
-        what = f"the configuration has no key {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise ModelError(what, where=where, mend="use the config.json saved with the weights") from None
 
 
 def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
-    """As `models.mixtral.load`: the Config of a Hugging Face folder, and a Make of its NumPy arrays in `dtype`."""
+    """As `models.mixtral.load`: the Config of a Hugging Face folder, and a Make of its NumPy arrays in `dtype`.
+
+    Published V3 files hold a further layer, the module that predicts more tokens; it is not read.
+    """
     file = open_safetensors(path)
     cfg = _read_config(file.meta, str(path), dtype)
-    return cfg, tensors(file, dtype, first=cfg.dense)
+    return cfg, stacks(kernels(file, dtype), first=cfg.dense)
 
 
-def generation(
-    name: str | Config, *, batch: int = 1, prompt: int | np.ndarray = 128, new_tokens: int = 32, seed: int | None = None,
-    weights: Make | None = None, dtype: str | None = None, layers: Literal["unrolled", "scanned"] = "unrolled", loop: Loop = "scan",
-    sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False,
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
-    """One request as a traceable function and its arguments; all options are those of `models.llama.generation`."""
-    cfg = config(name) if dtype is None else dataclasses.replace(config(name), dtype=dtype)
-    concrete = weights is not None or seed is not None
-    inputs = request(cfg.vocab, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed, concrete=concrete, sample=sample, loop=loop, logits=logits)
-    graphdef, state = nnx.split(DeepSeek(cfg, maker(cfg.dtype, dtype, seed, weights), scanned=layers == "scanned"))
-
-    def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
-        model = nnx.merge(graphdef, weights)
-        return generate(model.prefill, model.decode_step, tokens, new_tokens, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
-
-    fn.__name__ = fn.__qualname__ = "generate"
-    return fn, (state, *inputs)
-
-
-def config(name: str | Config) -> Config:
-    """Look a configuration up by name; raises ModelError with the names there are."""
-    if isinstance(name, Config):
-        return name
-    if name not in CONFIGS:
-        raise ModelError(f"no DeepSeek configuration is called {name!r}", where="models.deepseek.CONFIGS", mend="use one of " + ", ".join(CONFIGS))
-    return CONFIGS[name]
+def generation(name: str | Config, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One request as a traceable function and its arguments; the options are those of `models.generate.requested`."""
+    return requested(named(name, CONFIGS, "DeepSeek", "deepseek"), lambda cfg, make, scanned, *_: of_nnx(DeepSeek(cfg, make, scanned=scanned)), **options)

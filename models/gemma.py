@@ -11,18 +11,30 @@ Shapes: B batch, S prompt length, T cache length, R ring length (min(window, T))
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import ModelError, hold_to_layers, hold_to_numbers, open_safetensors
-from models.generate import Loop, Make, generate, maker, request
-from models.llama import Linear, rotate
+from models.checkpoint import (
+    Make,
+    ModelError,
+    absent,
+    hold_to_known,
+    hold_to_layers,
+    hold_to_numbers,
+    kernels,
+    open_safetensors,
+    reading,
+    rotary_part,
+)
+from models.generate import named, of_nnx, requested, through
+from models.llama import MLP, Linear, hold_to_shape, rotate, turns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +58,11 @@ class Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        hold_to_numbers(vars(self) | {"rope_scaling": None})
+        hold_to_shape(self)
         if isinstance(self.window, bool) or not isinstance(self.window, int | np.integer) or self.window < 1 or self.layers % 2:
             raise ModelError(f"{self.layers} layers cannot alternate with a window of {self.window!r}", where="the configuration",
                              mend="give an even number of layers (a local and a global one in turn) and a whole window from 1")  # fmt: skip
-        if wrong := [k for k in ("query_scale", "attn_cap", "final_cap") if not isinstance(v := getattr(self, k), int | float) or not 0 < v < np.inf]:
-            raise ModelError(f"a model cannot have {', '.join(f'{k} = {getattr(self, k)!r}' for k in wrong)}", where="the configuration",
-                             mend="give numbers above 0: every Gemma 2 scales its queries and caps scores and logits")  # fmt: skip
+        hold_to_numbers(self, (), ("query_scale", "attn_cap", "final_cap"))
 
 
 CONFIGS: dict[str, Config] = {
@@ -134,14 +144,7 @@ class Attention(nnx.Module):
         return pos - (pos - place) % length if self.local and self.cfg.ring else place
 
 
-class MLP(nnx.Module):
-    def __init__(self, name: str, cfg: Config, make: Make):
-        self.gate = Linear(f"{name}.gate_proj", cfg.dim, cfg.ffn, make)
-        self.up = Linear(f"{name}.up_proj", cfg.dim, cfg.ffn, make)
-        self.down = Linear(f"{name}.down_proj", cfg.ffn, cfg.dim, make)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+_gelu = functools.partial(jax.nn.gelu, approximate=True)
 
 
 class Block(nnx.Module):
@@ -150,7 +153,7 @@ class Block(nnx.Module):
         self.attn = Attention(f"{name}.self_attn", cfg, make, local=local)
         self.attn_post_norm = RMSNorm(f"{name}.post_attention_layernorm", cfg.dim, cfg.norm_eps, make)
         self.mlp_norm = RMSNorm(f"{name}.pre_feedforward_layernorm", cfg.dim, cfg.norm_eps, make)
-        self.mlp = MLP(f"{name}.mlp", cfg, make)
+        self.mlp = MLP(f"{name}.mlp", cfg, make, act=_gelu)
         self.mlp_post_norm = RMSNorm(f"{name}.post_feedforward_layernorm", cfg.dim, cfg.norm_eps, make)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, pos: Any) -> tuple[jax.Array, Any]:
@@ -188,10 +191,8 @@ class Gemma(nnx.Module):
     def forward(self, tokens: jax.Array, cache: Any, pos: Any) -> tuple[jax.Array, Any]:
         """tokens int32 [B, S] -> logits float32 [B, vocab] of the last position, and the cache with S more positions."""
         cfg = self.cfg
-        positions = jnp.arange(tokens.shape[1]) if pos is None else jnp.full((1,), pos)
         frequencies = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
-        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies.astype(np.float32))
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        cos, sin = turns(tokens, pos, frequencies.astype(np.float32))
         with jax.named_scope("embed"):
             x = self.embed[...][tokens] * cfg.dim**0.5
         if self.scanned:
@@ -209,12 +210,7 @@ class Gemma(nnx.Module):
             with jax.named_scope("layers"):
                 x, cache = jax.lax.scan(pair, x, (stacked, cache))
         else:
-            caches = []
-            for i, block in enumerate(self.blocks):
-                with jax.named_scope(f"layers.{i}"):
-                    x, layer_cache = block(x, cos, sin, cache[i], pos)
-                caches.append(layer_cache)
-            cache = caches
+            x, cache = through(self.blocks, lambda block, x, layer_cache: block(x, cos, sin, layer_cache, pos), x, cache)
         with jax.named_scope("head"):
             logits = jnp.einsum("be,ve->bv", self.norm(x)[:, -1], self.embed[...])
             return soft_cap(logits.astype(jnp.float32), cfg.final_cap), cache
@@ -230,26 +226,21 @@ class Gemma(nnx.Module):
 
 def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
     """The Config of a config.json; raises ModelError for what this family does not compute and for missing keys."""
-    rope, gelu = meta.get("rope_parameters") or meta.get("rope_scaling") or {}, "gelu_pytorch_tanh"
-    turns = ["sliding_attention", "full_attention"] * (len(meta.get("layer_types") or ()) // 2)
-    wrong = [f"{key}={value!r}" for key, value, known in (
+    (rope, kind), gelu = rotary_part(meta, where), "gelu_pytorch_tanh"
+    turn = ["sliding_attention", "full_attention"] * (len(meta.get("layer_types") or ()) // 2)
+    hold_to_known(
+        "gemma", where, "use an unquantised Gemma 2 checkpoint: local and global layers in turn, a tied head, no biases",
         ("model_type", meta.get("model_type"), ("gemma2",)), ("hidden_activation", meta.get("hidden_activation", gelu), (gelu,)),
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope, ("default",)),
-        ("layer_types", meta.get("layer_types") or turns, (turns,)), ("tie_word_embeddings", meta.get("tie_word_embeddings", True), (True,)),
-        *((key, meta.get(key), (None, False)) for key in ("attention_bias", "use_bidirectional_attention", "quantization_config")),
-    ) if value not in known]  # fmt: skip
-    if wrong:
-        raise ModelError(f"models.gemma does not compute {', '.join(wrong)}", where=where,
-                         mend="use an unquantised Gemma 2 checkpoint: local and global layers in turn, a tied head, no biases")  # fmt: skip
-    try:
+        ("rope_type", kind, ("default",)), ("layer_types", meta.get("layer_types") or turn, (turn,)),
+        ("tie_word_embeddings", meta.get("tie_word_embeddings", True), (True,)),
+        *absent(meta, "attention_bias", "use_bidirectional_attention", "quantization_config"),
+    )  # fmt: skip
+    with reading(where):
         return Config(vocab=meta["vocab_size"], dim=meta["hidden_size"], layers=meta["num_hidden_layers"], heads=meta["num_attention_heads"],
                       kv_heads=meta["num_key_value_heads"], head_dim=meta["head_dim"], ffn=meta["intermediate_size"],
                       window=meta["sliding_window"], query_scale=meta["query_pre_attn_scalar"], attn_cap=meta["attn_logit_softcapping"],
                       final_cap=meta["final_logit_softcapping"], rope_theta=rope.get("rope_theta", meta.get("rope_theta", 1e4)),
                       norm_eps=meta["rms_norm_eps"], dtype=dtype)  # fmt: skip
-    except (KeyError, TypeError, ModelError) as error:
-        what = f"the configuration has no key {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise ModelError(what, where=where, mend="use the config.json saved with the weights") from None
 
 
 def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
@@ -261,41 +252,17 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
     file = open_safetensors(path)
     cfg = _read_config(file.meta, str(path), dtype)
     hold_to_layers(file, "model.layers.", cfg.layers)
+    one = kernels(file, dtype)
 
-    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def make(name: str, shape: tuple[int, ...]) -> Any:
         for i in range(2):
             if (pairs := f"2*+{i}") in name:
-                return np.stack([make(name.replace(pairs, str(2 * n + i)), shape[1:]) for n in range(shape[0])])
-        linear = len(shape) == 2 and "embed" not in name
-        value = file.tensor(name, shape[::-1] if linear else shape)
-        return np.ascontiguousarray(value.T if linear else value, dtype=jnp.dtype(dtype))
+                return np.stack([one(name.replace(pairs, str(2 * n + i)), shape[1:]) for n in range(shape[0])])
+        return one(name, shape)
 
     return cfg, make
 
 
-def generation(
-    name: str | Config, *, batch: int = 1, prompt: int | np.ndarray = 128, new_tokens: int = 32, seed: int | None = None,
-    weights: Make | None = None, dtype: str | None = None, layers: Literal["unrolled", "scanned"] = "unrolled", loop: Loop = "scan",
-    sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False,
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
-    """One request as a traceable function and its arguments; all options are those of `models.llama.generation`."""
-    cfg = config(name) if dtype is None else dataclasses.replace(config(name), dtype=dtype)
-    concrete = weights is not None or seed is not None
-    inputs = request(cfg.vocab, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed, concrete=concrete, sample=sample, loop=loop, logits=logits)
-    graphdef, state = nnx.split(Gemma(cfg, maker(cfg.dtype, dtype, seed, weights), scanned=layers == "scanned"))
-
-    def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
-        model = nnx.merge(graphdef, weights)
-        return generate(model.prefill, model.decode_step, tokens, new_tokens, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
-
-    fn.__name__ = fn.__qualname__ = "generate"
-    return fn, (state, *inputs)
-
-
-def config(name: str | Config) -> Config:
-    """Look a configuration up by name; raises ModelError with the names there are."""
-    if isinstance(name, Config):
-        return name
-    if name not in CONFIGS:
-        raise ModelError(f"no Gemma configuration is called {name!r}", where="models.gemma.CONFIGS", mend="use one of " + ", ".join(CONFIGS))
-    return CONFIGS[name]
+def generation(name: str | Config, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One request as a traceable function and its arguments; the options are those of `models.generate.requested`."""
+    return requested(named(name, CONFIGS, "Gemma", "gemma"), lambda cfg, make, scanned, *_: of_nnx(Gemma(cfg, make, scanned=scanned)), **options)

@@ -1,22 +1,23 @@
-"""What every model here shares: prefill and the token loop as one traceable function, and a request's arguments.
+"""What every model here shares: prefill and the token loop as one traceable function, its arguments, and the walk through the layers.
 
 `generate(prefill, decode_step, tokens, ...)` is the request; the scopes "prefill", "decode" and "after" say what the author means each
-part to be. `Make` says where parameters come from: shapes only, random numbers, or a checkpoint.
+part to be. `requested(cfg, build, ...)` makes it of a model, with weights that are shapes only, random numbers, or a checkpoint's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from models.checkpoint import ModelError
+from models.checkpoint import Make, ModelError
 
-Make = Callable[[str, tuple[int, ...]], Any]  # (name, shape) -> an array or a ShapeDtypeStruct
 Loop = Literal["scan", "while", "fori"]
 
 
@@ -101,20 +102,90 @@ def numbers(dtype: str, seed: int) -> Make:
     return make
 
 
-def maker(dtype: str, own_dtype: str | None, seed: int | None, weights: Make | None) -> Make:
-    """Where a request's parameters come from: `weights` (cast where the caller asks for a dtype), a seed, or shapes alone."""
-    if weights is not None:
-        return weights if own_dtype is None else lambda name, shape: weights(name, shape).astype(jnp.dtype(own_dtype))
-    return shapes(dtype) if seed is None else numbers(dtype, seed)
+def through(blocks: Any, run: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    """x through a model's layers, and their states: `run(block, x, its state)` for each of an nnx.List, or along the stacked axis of one block.
 
-
-def request(
-    vocab: int, *, batch: int, prompt: int | np.ndarray, new_tokens: int, seed: int | None, concrete: bool, sample: bool, loop: Loop, logits: bool
-) -> tuple[Any, ...]:
-    """Tokens int32 [batch, S], and a key uint32 [2] to sample with: arrays where `concrete`, else shapes.
-
-    Raises ModelError for lengths that make no request, and for a loop that does not exist or keeps no logits.
+    `state` holds one for each layer, or is stacked like the block; None gives every layer None.
     """
+    if isinstance(blocks, nnx.List):
+        states = []
+        for i, block in enumerate(blocks):
+            with jax.named_scope(f"layers.{i}"):
+                x, new = run(block, x, None if state is None else state[i])
+            states.append(new)
+        return x, states
+    graphdef, stacked = nnx.split(blocks)
+    with jax.named_scope("layers"):
+        return jax.lax.scan(lambda x, xs: run(nnx.merge(graphdef, xs[0]), x, xs[1]), x, (stacked, state))
+
+
+Steps = tuple[Callable[..., Any], Callable[..., Any]]
+"""prefill and decode_step, as `generate` takes them."""
+
+
+def of_nnx(model: Any) -> tuple[Any, Callable[[Any], Steps]]:
+    """The weights of an NNX model, and its prefill and decode_step under any such weights."""
+    graphdef, state = nnx.split(model)
+
+    def steps(weights: Any) -> Steps:
+        bound = nnx.merge(graphdef, weights)
+        return bound.prefill, bound.decode_step
+
+    return state, steps
+
+
+def parameters(model: Any, make: Make, stacked: Mapping[str, int], scanned: bool) -> dict[str, Any]:
+    """Linen's variables {"params": ...} of a model whose layers are scanned, every leaf made by its dotted name and its shape.
+
+    `stacked` says how many layers lie in each stack: "layers.mlp.up.kernel" is made whole as "layers.*.mlp.up.kernel" where `scanned`,
+    else as "layers.0.mlp.up.kernel" and so on, each in a subtree "layers.0" of its own. The bias of a LayerNorm "mlp_norm" is asked
+    for as "mlp_shift", for what is called a norm is made of ones.
+    """
+    tokens, key = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    tree = jax.eval_shape(lambda key, tokens: model.init(key, tokens, None), key, tokens)["params"]
+
+    def fill(tree: Mapping[str, Any], path: str, cut: int) -> dict[str, Any]:
+        """The leaves below `path`; the first `cut` dimensions, of a stack, belong to one layer each and fall away."""
+        made: dict[str, Any] = {}
+        for name, sub in tree.items():
+            where = path + name
+            if not isinstance(sub, Mapping):
+                made[name] = make(where.replace("norm.bias", "shift"), sub.shape[cut:])
+            elif where not in stacked:
+                made[name] = fill(sub, f"{where}.", cut)
+            elif scanned:
+                made[name] = fill(sub, f"{where}.*.", 0)
+            else:
+                made |= {f"{name}.{i}": fill(sub, f"{where}.{i}.", 1) for i in range(stacked[where])}
+        return made
+
+    return {"params": fill(tree, "", 0)}
+
+
+def named(name: Any, configs: Mapping[str, Any], family: str, module: str) -> Any:
+    """Look a configuration up by name, a Config is itself; raises ModelError with the names there are."""
+    if not isinstance(name, str):
+        return name
+    if name not in configs:
+        raise ModelError(f"no {family} configuration is called {name!r}", where=f"models.{module}.CONFIGS", mend="use one of " + ", ".join(configs))
+    return configs[name]
+
+
+def requested(
+    cfg: Any, build: Callable[..., tuple[Any, Callable[[Any], Steps]]], *, batch: int = 1, prompt: int | np.ndarray = 128, new_tokens: int = 32,
+    seed: int | None = None, weights: Make | None = None, dtype: str | None = None, layers: Literal["unrolled", "scanned"] = "unrolled",
+    loop: Loop = "scan", sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False, start: int | None = None,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
+    """One request as a traceable function and its arguments: `fn(weights, tokens[, key])` -> tokens int32 [batch, new_tokens].
+
+    `prompt` is a length, or token ids [batch, S]. Without `seed` and `weights` (a Make, such as `load` gives) the weights are shapes
+    only. `dtype` replaces that of the Config `cfg`; `layers="scanned"` stacks layers and runs them by a scan. `sample` draws from the
+    distribution with a key (third argument) instead of taking the likeliest token; `loop`, `temperature` and `eos` are those of
+    `generate`; `logits` adds the logits float32 [batch, new_tokens, vocab] to the result (for `loop="scan"`).
+    The model says how it is built, `build(cfg, make, scanned, prompt, new_tokens)` -> its weights and the steps under them, and at which
+    position its new tokens `start`, if not after the prompt. Raises ModelError for what makes no request.
+    """
+    cfg = cfg if dtype is None else dataclasses.replace(cfg, dtype=dtype)
     ids = None if isinstance(prompt, int) else np.asarray(prompt, np.int32)
     batch, length = (batch, prompt) if ids is None else ids.shape
     asked = f"batch {batch}, prompt {length}, {new_tokens} new tokens, loop {loop!r}"
@@ -124,8 +195,19 @@ def request(
         raise ModelError(f"there is no token loop of the form {loop!r}", where=asked, mend="use 'scan', 'while' or 'fori'")
     if logits and loop != "scan":
         raise ModelError("logits are kept by the scan loop only", where=asked, mend="pass loop='scan'")
-    rng = np.random.default_rng(0 if seed is None else seed)
+    if weights is not None:
+        make = weights if dtype is None else lambda name, shape: weights(name, shape).astype(jnp.dtype(dtype))
+    else:
+        make = shapes(cfg.dtype) if seed is None else numbers(cfg.dtype, seed)
+    state, steps = build(cfg, make, layers == "scanned", length, new_tokens)
+    concrete = weights is not None or seed is not None
     if ids is None:
-        ids = rng.integers(0, vocab, (batch, length), np.int32) if concrete else jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        rng = np.random.default_rng(0 if seed is None else seed)
+        ids = rng.integers(0, cfg.vocab, (batch, length), np.int32) if concrete else jax.ShapeDtypeStruct((batch, length), jnp.int32)
     key = np.array([0, seed or 0], np.uint32) if concrete else jax.ShapeDtypeStruct((2,), jnp.uint32)
-    return (ids, key) if sample else (ids,)
+
+    def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
+        return generate(*steps(weights), tokens, new_tokens, start=start, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
+
+    fn.__name__ = fn.__qualname__ = "generate"
+    return fn, (state, ids, key) if sample else (state, ids)

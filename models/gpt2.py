@@ -10,26 +10,17 @@ Left out: padded prompts, an untied head, cross-attention. Source: Radford et al
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from models.checkpoint import ModelError, open_safetensors
-from models.generate import Loop, Make, generate, maker, request
-
-
-def unfit(config: Any, *sizes: str) -> list[str]:
-    """What no model can have of a Config: sizes that are no whole numbers from 1, an epsilon not above 0, a dtype that is no float type."""
-    wrong = [f"{k} = {v!r}" for k in sizes if not isinstance(v := getattr(config, k), int | np.integer) or isinstance(v, bool) or v < 1]
-    if not isinstance(eps := config.norm_eps, numbers.Real) or isinstance(eps, bool) or not 0 < eps < float("inf"):
-        wrong.append(f"norm_eps = {eps!r}")
-    return wrong + ([] if config.dtype in ("float32", "bfloat16", "float16", "float64") else [f"dtype = {config.dtype!r}"])
+from models.checkpoint import Make, ModelError, hold_to_known, hold_to_layers, hold_to_numbers, open_safetensors, reading, stacks
+from models.generate import Steps, named, parameters, requested
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +37,9 @@ class Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        wrong = unfit(self, "vocab", "positions", "dim", "layers", "heads", "ffn")
-        if not wrong and self.dim % self.heads:
-            wrong.append(f"{self.heads} heads in a width of {self.dim}")
-        if wrong:
-            raise ModelError(f"a model cannot have {', '.join(wrong)}", where="the configuration",
-                             mend="sizes are whole numbers from 1, heads divide dim, norm_eps is above 0, dtype is float32, bfloat16 or float16")  # fmt: skip
+        hold_to_numbers(self, ("vocab", "positions", "dim", "layers", "heads", "ffn"))
+        if self.dim % self.heads:
+            raise ModelError(f"a model cannot have {self.heads} heads in a width of {self.dim}", where="the configuration", mend="heads divide dim")
 
 
 CONFIGS: dict[str, Config] = {
@@ -133,34 +121,6 @@ class GPT2(nn.Module):
             return embed.attend(_norm(cfg, "norm")(x)[:, -1]).astype(jnp.float32)
 
 
-def parameters(model: nn.Module, make: Make, stacks: Mapping[str, int], scanned: bool) -> dict[str, Any]:
-    """Linen's variables {"params": ...} of a model whose layers are scanned, every leaf made by its dotted name and its shape.
-
-    `stacks` says how many layers lie in each stack: "layers.mlp.up.kernel" is made whole as "layers.*.mlp.up.kernel" where `scanned`,
-    else as "layers.0.mlp.up.kernel" and so on, each in a subtree "layers.0" of its own. The bias of a LayerNorm "mlp_norm" is asked
-    for as "mlp_shift", for what is called a norm is made of ones.
-    """
-    tokens, key = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
-    tree = jax.eval_shape(lambda key, tokens: model.init(key, tokens, None), key, tokens)["params"]
-
-    def fill(tree: Mapping[str, Any], path: str, cut: int) -> dict[str, Any]:
-        """The leaves below `path`; the first `cut` dimensions, of a stack, belong to one layer each and fall away."""
-        made: dict[str, Any] = {}
-        for name, sub in tree.items():
-            where = path + name
-            if not isinstance(sub, Mapping):
-                made[name] = make(where.replace("norm.bias", "shift"), sub.shape[cut:])
-            elif where not in stacks:
-                made[name] = fill(sub, f"{where}.", cut)
-            elif scanned:
-                made[name] = fill(sub, f"{where}.*.", 0)
-            else:
-                made |= {f"{name}.{i}": fill(sub, f"{where}.{i}.", 1) for i in range(stacks[where])}
-        return made
-
-    return {"params": fill(tree, "", 0)}
-
-
 _ON_DISK = {
     "embed.embedding": "wte.weight", "position_embed.embedding": "wpe.weight", "norm.scale": "ln_f.weight", "shift": "ln_f.bias",
     "attn_norm.scale": "ln_1.weight", "attn_shift": "ln_1.bias", "mlp_norm.scale": "ln_2.weight", "mlp_shift": "ln_2.bias",
@@ -179,20 +139,17 @@ def _on_disk(name: str) -> str:
 
 def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
     """The Config of a config.json; raises ModelError for what this family does not compute and for missing keys."""
-    wrong = [f"{key}={meta.get(key)!r}" for key, known in (
-        ("model_type", ("gpt2",)), ("activation_function", (None, "gelu_new", "gelu_pytorch_tanh")), ("scale_attn_weights", (None, True)),
-        ("scale_attn_by_inverse_layer_idx", (None, False)), ("add_cross_attention", (None, False)), ("tie_word_embeddings", (None, True)),
-    ) if meta.get(key) not in known]  # fmt: skip
-    if wrong:
-        raise ModelError(f"models.gpt2 does not compute {', '.join(wrong)}", where=where,
-                         mend="use a GPT-2 checkpoint with gelu_new, a tied head and scores divided by the root of the head size")  # fmt: skip
-    try:
+    hold_to_known(
+        "gpt2", where, "use a GPT-2 checkpoint with gelu_new, a tied head and scores divided by the root of the head size",
+        *((key, meta.get(key), known) for key, known in (
+            ("model_type", ("gpt2",)), ("activation_function", (None, "gelu_new", "gelu_pytorch_tanh")), ("scale_attn_weights", (None, True)),
+            ("scale_attn_by_inverse_layer_idx", (None, False)), ("add_cross_attention", (None, False)), ("tie_word_embeddings", (None, True)),
+        )),
+    )  # fmt: skip
+    with reading(where):
         dim = meta["n_embd"]
         return Config(vocab=meta["vocab_size"], positions=meta["n_positions"], dim=dim, layers=meta["n_layer"], heads=meta["n_head"],
                       ffn=meta.get("n_inner") or 4 * dim, norm_eps=meta["layer_norm_epsilon"], dtype=dtype)  # fmt: skip
-    except (KeyError, TypeError, ModelError) as error:
-        what = f"the configuration has no key {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise ModelError(what, where=where, mend="use the config.json saved with the weights") from None
 
 
 def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
@@ -205,53 +162,36 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
     cfg = _read_config(file.meta, str(path), dtype)
     prefix = "" if "wte.weight" in file.names else "transformer."  # the published files hold the model without its head
 
-    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if "*" in name:
-            return np.stack([make(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])])
+    def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.ascontiguousarray(file.tensor(prefix + _on_disk(name), shape), dtype=jnp.dtype(dtype))
 
-    return cfg, make
+    hold_to_layers(file, f"{prefix}h.", cfg.layers)
+    return cfg, stacks(one)
 
 
-def generation(
-    name: str | Config, *, batch: int = 1, prompt: int | np.ndarray = 128, new_tokens: int = 32, seed: int | None = None,
-    weights: Make | None = None, dtype: str | None = None, layers: Literal["unrolled", "scanned"] = "unrolled", loop: Loop = "scan",
-    sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False,
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
-    """One request as a traceable function and its arguments: `fn(weights, tokens[, key])` -> tokens int32 [batch, new_tokens].
-
-    The options are those of models.llama.generation. Raises ModelError for a name that is not in CONFIGS, for lengths that make no
-    request, and for a request longer than the positions that the model has learned.
-    """
-    cfg = config(name)
-    if dtype is not None:
-        cfg = dataclasses.replace(cfg, dtype=dtype)
-    concrete = weights is not None or seed is not None
-    inputs = request(cfg.vocab, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed, concrete=concrete, sample=sample, loop=loop, logits=logits)
-    length = inputs[0].shape[1] + new_tokens
+def _build(cfg: Config, make: Make, scanned: bool, prompt: int, new_tokens: int) -> tuple[Any, Callable[[Any], Steps]]:
+    """The weights, and prefill and decode_step under such weights. Raises ModelError for more positions than the model has learned."""
+    length = prompt + new_tokens
     if length - 1 > cfg.positions:  # the last token is written, never read
         raise ModelError(f"the request reads {length - 1} positions, the model has learned {cfg.positions}", where="models.gpt2.generation",
                          mend="shorten prompt or new_tokens, or use a Config with more positions")  # fmt: skip
-    model = GPT2(cfg, length, scanned=layers == "scanned")
-    variables = parameters(model.clone(scanned=True), maker(cfg.dtype, dtype, seed, weights), {"layers": cfg.layers}, layers == "scanned")
+    model = GPT2(cfg, length, scanned=scanned)
 
-    def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
+    def steps(weights: Any) -> Steps:
         def prefill(tokens: jax.Array, length: int) -> tuple[jax.Array, Any]:
             return model.apply(weights, tokens, None, mutable=["cache"])
 
         def decode_step(token: jax.Array, cache: Any, pos: Any) -> tuple[jax.Array, Any]:
             return model.apply({**weights, **cache}, token[:, None], pos, mutable=["cache"])
 
-        return generate(prefill, decode_step, tokens, new_tokens, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
+        return prefill, decode_step
 
-    fn.__name__ = fn.__qualname__ = "generate"
-    return fn, (variables, *inputs)
+    return parameters(model.clone(scanned=True), make, {"layers": cfg.layers}, scanned), steps
 
 
-def config(name: str | Config) -> Config:
-    """Look a configuration up by name; raises ModelError with the names there are."""
-    if isinstance(name, Config):
-        return name
-    if name not in CONFIGS:
-        raise ModelError(f"no GPT-2 configuration is called {name!r}", where="models.gpt2.CONFIGS", mend="use one of " + ", ".join(CONFIGS))
-    return CONFIGS[name]
+def generation(name: str | Config, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One request as a traceable function and its arguments; the options are those of `models.generate.requested`.
+
+    Raises ModelError also for a request longer than the positions that the model has learned.
+    """
+    return requested(named(name, CONFIGS, "GPT-2", "gpt2"), _build, **options)

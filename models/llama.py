@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,23 @@ import numpy as np
 from flax import nnx
 
 from models.checkpoint import (
+    Make,
     ModelError,
+    absent,
     gguf_config,
     gguf_name,
-    hold_to_family,
+    hold_to_known,
     hold_to_layers,
     hold_to_numbers,
+    kernels,
     open_gguf,
     open_safetensors,
+    reading,
+    rotary_part,
+    stacks,
     unpermute,
 )
-from models.generate import Loop, Make, generate, maker, request
+from models.generate import named, of_nnx, requested, through
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,9 @@ class RopeScaling:
     low: float = 1.0
     high: float = 4.0
     original: int = 8192
+
+    def __post_init__(self) -> None:
+        hold_to_numbers(self, (), ("factor", "low", "high", "original"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +72,15 @@ class Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        hold_to_numbers(vars(self))
+        hold_to_shape(self)
+
+
+def hold_to_shape(cfg: Any) -> None:
+    """Raise ModelError where a Config of a Llama, or of its kin with the same attention, makes no model."""
+    hold_to_numbers(cfg, ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn"), ("rope_theta", "norm_eps"))
+    if cfg.heads % cfg.kv_heads or cfg.head_dim % 2:
+        raise ModelError(f"{cfg.heads} heads of size {cfg.head_dim} cannot share {cfg.kv_heads} KV heads", where="the configuration",
+                         mend="KV heads divide the heads, and a head's size is even (its halves are turned)")  # fmt: skip
 
 
 def _llama31(**shape: int) -> Config:
@@ -91,6 +108,13 @@ def inverse_frequencies(cfg: Config) -> np.ndarray:
         keep = np.clip((turns - s.low) / (s.high - s.low), 0.0, 1.0)
         freq = freq * keep + freq / s.factor * (1 - keep)
     return freq.astype(np.float32)
+
+
+def turns(tokens: jax.Array, pos: Any, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """cos and sin float32 [S, D/2] of the angles at which `tokens` [B, S] stand: from 0 on in prefill (pos None), else at `pos`."""
+    positions = jnp.arange(tokens.shape[1]) if pos is None else jnp.full((1,), pos)
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -163,21 +187,38 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, name: str, cfg: Config, make: Make):
+    """Gated by an activation: SwiGLU, or what Llama's kin put in its place."""
+
+    def __init__(self, name: str, cfg: Any, make: Make, act: Callable[[jax.Array], jax.Array] = jax.nn.silu):
         self.gate = Linear(f"{name}.gate_proj", cfg.dim, cfg.ffn, make)
         self.up = Linear(f"{name}.up_proj", cfg.dim, cfg.ffn, make)
         self.down = Linear(f"{name}.down_proj", cfg.ffn, cfg.dim, make)
+        self.act = act
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+Part = Callable[[str, Any, Make], nnx.Module]
+"""(name of the layer in the checkpoint, Config, Make) -> what stands in the place of a layer's attention or MLP."""
+
+
+def attention(name: str, cfg: Any, make: Make) -> nnx.Module:
+    return Attention(f"{name}.self_attn", cfg, make)
+
+
+def mlp(name: str, cfg: Any, make: Make) -> nnx.Module:
+    return MLP(f"{name}.mlp", cfg, make)
 
 
 class Block(nnx.Module):
-    def __init__(self, name: str, cfg: Config, make: Make):
+    """A layer: attention and MLP, each normed before and added. Llama's kin put other parts in."""
+
+    def __init__(self, name: str, cfg: Any, make: Make, *, attention: Part = attention, mlp: Part = mlp):
         self.attn_norm = RMSNorm(f"{name}.input_layernorm", cfg.dim, cfg.norm_eps, make)
-        self.attn = Attention(f"{name}.self_attn", cfg, make)
+        self.attn = attention(name, cfg, make)
         self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", cfg.dim, cfg.norm_eps, make)
-        self.mlp = MLP(f"{name}.mlp", cfg, make)
+        self.mlp = mlp(name, cfg, make)
 
     def __call__(self, x, cos, sin, cache, pos):  # type: ignore[no-untyped-def]
         with jax.named_scope("attn"):
@@ -190,12 +231,12 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """The model. With `scanned` the blocks' weights and caches are stacked on a leading layer axis and run by `lax.scan`."""
 
-    def __init__(self, cfg: Config, make: Make, *, scanned: bool = False):
+    def __init__(self, cfg: Any, make: Make, *, scanned: bool = False, mlp: Part = mlp):
         self.embed = nnx.Param(make("model.embed_tokens.weight", (cfg.vocab, cfg.dim)))
         if scanned:
-            self.blocks = Block("model.layers.*", cfg, lambda name, shape: make(name, (cfg.layers, *shape)))
+            self.blocks = Block("model.layers.*", cfg, lambda name, shape: make(name, (cfg.layers, *shape)), mlp=mlp)
         else:
-            self.blocks = nnx.List([Block(f"model.layers.{i}", cfg, make) for i in range(cfg.layers)])
+            self.blocks = nnx.List([Block(f"model.layers.{i}", cfg, make, mlp=mlp) for i in range(cfg.layers)])
         self.norm = RMSNorm("model.norm", cfg.dim, cfg.norm_eps, make)
         if not cfg.tied:
             self.head = Linear("lm_head", cfg.dim, cfg.vocab, make)
@@ -212,27 +253,10 @@ class Llama(nnx.Module):
 
     def forward(self, tokens, cache, pos):  # type: ignore[no-untyped-def]
         """tokens int32 [B, S] -> logits float32 [B, vocab] of the last position, and the cache with S more positions."""
-        positions = jnp.arange(tokens.shape[1]) if pos is None else jnp.full((1,), pos)
-        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(self.cfg))
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        cos, sin = turns(tokens, pos, inverse_frequencies(self.cfg))
         with jax.named_scope("embed"):
             x = self.embed[...][tokens]
-        if self.scanned:
-            graphdef, stacked = nnx.split(self.blocks)
-
-            def layer(x, xs):  # type: ignore[no-untyped-def]
-                weights, layer_cache = xs
-                return nnx.merge(graphdef, weights)(x, cos, sin, layer_cache, pos)
-
-            with jax.named_scope("layers"):
-                x, cache = jax.lax.scan(layer, x, (stacked, cache))
-        else:
-            caches = []
-            for i, block in enumerate(self.blocks):
-                with jax.named_scope(f"layers.{i}"):
-                    x, layer_cache = block(x, cos, sin, cache[i], pos)
-                caches.append(layer_cache)
-            cache = caches
+        x, cache = through(self.blocks, lambda block, x, layer_cache: block(x, cos, sin, layer_cache, pos), x, cache)
         with jax.named_scope("head"):
             x = self.norm(x)[:, -1]
             logits = jnp.einsum("be,ve->bv", x, self.embed[...]) if self.cfg.tied else self.head(x)
@@ -249,18 +273,21 @@ class Llama(nnx.Module):
 
 def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
     """The Config of a config.json; raises ModelError for what this family does not compute and for missing keys."""
-    rope = hold_to_family(meta, where)
-    try:
-        dim, heads, qwen = meta["hidden_size"], meta["num_attention_heads"], meta["model_type"] == "qwen3"
-        scaling = (rope.get("rope_type", rope.get("type")) == "llama3" or "factor" in rope) and RopeScaling(factor=rope["factor"], low=rope["low_freq_factor"], high=rope["high_freq_factor"],
-                                                   original=rope["original_max_position_embeddings"])  # fmt: skip
+    rope, kind = rotary_part(meta, where)
+    hold_to_known(
+        "llama", where, "use a Llama, SmolLM2 or Qwen3 checkpoint without biases, with plain or llama3 rotary positions",
+        ("model_type", meta.get("model_type"), ("llama", "qwen3")), ("hidden_act", meta.get("hidden_act", "silu"), ("silu",)),
+        ("rope_type", kind, ("default", "llama3")), *absent(meta, "attention_bias", "mlp_bias", "use_sliding_window"),
+    )  # fmt: skip
+    with reading(where):
+        dim, heads, qwen, scaling = meta["hidden_size"], meta["num_attention_heads"], meta["model_type"] == "qwen3", None
+        if kind == "llama3" or "factor" in rope:
+            scaling = RopeScaling(factor=rope["factor"], low=rope["low_freq_factor"], high=rope["high_freq_factor"],
+                                  original=rope["original_max_position_embeddings"])  # fmt: skip
         return Config(vocab=meta["vocab_size"], dim=dim, layers=meta["num_hidden_layers"], heads=heads, ffn=meta["intermediate_size"],
                       kv_heads=meta.get("num_key_value_heads") or heads, head_dim=meta.get("head_dim") or (128 if qwen else dim // heads),
-                      rope_theta=rope.get("rope_theta", meta.get("rope_theta", 1e4)), rope_scaling=scaling or None, qk_norm=qwen,
+                      rope_theta=rope.get("rope_theta", meta.get("rope_theta", 1e4)), rope_scaling=scaling, qk_norm=qwen,
                       norm_eps=meta["rms_norm_eps"], tied=bool(meta.get("tie_word_embeddings")), dtype=dtype)  # fmt: skip
-    except (KeyError, TypeError, ZeroDivisionError, ModelError) as error:
-        what = f"the configuration has no key {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise ModelError(what, where=where, mend="use the config.json saved with the weights") from None
 
 
 def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
@@ -274,60 +301,27 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
     cfg = _read_config(gguf_config(file) if gguf else file.meta, str(path), dtype)
     hold_to_layers(file, "blk." if gguf else "model.layers.", cfg.layers)
 
-    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if "*" in name:
-            return np.stack([make(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])])
+    def from_gguf(name: str, shape: tuple[int, ...]) -> np.ndarray:
         linear = len(shape) == 2 and "embed" not in name
-        value = file.tensor(gguf_name(name) if gguf else name, shape[::-1] if linear else shape)
-        if gguf and name.endswith(("q_proj.weight", "k_proj.weight")):
+        value = file.tensor(gguf_name(name), shape[::-1] if linear else shape)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
             value = unpermute(value, cfg.heads if "q_proj" in name else cfg.kv_heads)
         return np.ascontiguousarray(value.T if linear else value, dtype=jnp.dtype(dtype))
 
-    return cfg, make
+    return cfg, stacks(from_gguf if gguf else kernels(file, dtype))
 
 
-def generation(
-    name: str | Config,
-    *,
-    batch: int = 1,
-    prompt: int | np.ndarray = 128,
-    new_tokens: int = 32,
-    seed: int | None = None,
-    weights: Make | None = None,
-    dtype: str | None = None,
-    layers: Literal["unrolled", "scanned"] = "unrolled",
-    loop: Loop = "scan",
-    sample: bool = False,
-    temperature: float = 1.0,
-    eos: int | None = None,
-    logits: bool = False,
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def generation(name: str | Config, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One request as a traceable function and its arguments: `fn(weights, tokens[, key])` -> tokens int32 [batch, new_tokens].
 
-    `name` is one of CONFIGS or a Config. `prompt` is a length, or token ids [batch, S]. Without `seed` and `weights` the weights
-    are shapes only. `sample` draws from the distribution with a key (third argument) instead of taking the likeliest token;
-    `logits` adds the logits float32 [batch, new_tokens, vocab] to the result (for `loop="scan"`).
-    Raises ModelError for a name that is not in CONFIGS and for lengths that make no request.
+    `name` is one of CONFIGS or a Config; the options are those of `models.generate.requested`: batch, prompt, new_tokens, seed, weights,
+    dtype, layers, loop, sample, temperature, eos, logits. Raises ModelError for a name that is not in CONFIGS and for lengths that make
+    no request.
     """
-    cfg = config(name)
-    if dtype is not None:
-        cfg = dataclasses.replace(cfg, dtype=dtype)
-    concrete = weights is not None or seed is not None
-    inputs = request(cfg.vocab, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed, concrete=concrete, sample=sample, loop=loop, logits=logits)
-    graphdef, state = nnx.split(Llama(cfg, maker(cfg.dtype, dtype, seed, weights), scanned=layers == "scanned"))
-
-    def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
-        model = nnx.merge(graphdef, weights)
-        return generate(model.prefill, model.decode_step, tokens, new_tokens, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
-
-    fn.__name__ = fn.__qualname__ = "generate"
-    return fn, (state, *inputs)
+    return requested(config(name), lambda cfg, make, scanned, *_: of_nnx(Llama(cfg, make, scanned=scanned)), **options)
 
 
 def config(name: str | Config) -> Config:
     """Look a configuration up by name; raises ModelError with the names there are."""
-    if isinstance(name, Config):
-        return name
-    if name not in CONFIGS:
-        raise ModelError(f"no Llama configuration is called {name!r}", where="models.llama.CONFIGS", mend="use one of " + ", ".join(CONFIGS))
-    return CONFIGS[name]
+    found: Config = named(name, CONFIGS, "Llama", "llama")
+    return found

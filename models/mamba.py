@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import ModelError, open_safetensors
-from models.generate import Loop, Make, generate, maker, request
-from models.gpt2 import unfit
+from models.checkpoint import Make, ModelError, hold_to_known, hold_to_layers, hold_to_numbers, open_safetensors, reading, stacks
+from models.generate import named, of_nnx, requested, through
 from models.llama import Linear, RMSNorm
 
 Time = Literal["associative", "scan"]
@@ -45,9 +44,7 @@ class Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if wrong := unfit(self, "vocab", "dim", "layers", "inner", "state", "conv", "rank"):
-            raise ModelError(f"a model cannot have {', '.join(wrong)}", where="the configuration",
-                             mend="sizes are whole numbers from 1, norm_eps is above 0, dtype is float32, bfloat16 or float16")  # fmt: skip
+        hold_to_numbers(self, ("vocab", "dim", "layers", "inner", "state", "conv", "rank"))
 
 
 CONFIGS: dict[str, Config] = {
@@ -157,29 +154,14 @@ class Mamba(nnx.Module):
         self.norm = RMSNorm("backbone.norm_f", cfg.dim, cfg.norm_eps, make)
         if not cfg.tied:
             self.head = Linear("lm_head", cfg.dim, cfg.vocab, make)
-        self.cfg, self.scanned, self.time = cfg, scanned, time
+        self.cfg, self.time = cfg, time
 
     def forward(self, tokens: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """tokens int32 [B, S] -> logits float32 [B, vocab] of the last position, and the state after it; state is None in prefill."""
         with jax.named_scope("embed"):
             x = self.embed[...][tokens]
             x = x.astype(jnp.float32) if self.cfg.residual_f32 else x
-        if self.scanned:
-            graphdef, stacked = nnx.split(self.blocks)
-
-            def layer(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-                weights, layer_state = xs
-                return nnx.merge(graphdef, weights)(x, layer_state, self.time)
-
-            with jax.named_scope("layers"):
-                x, state = jax.lax.scan(layer, x, (stacked, state))
-        else:
-            states = []
-            for i, block in enumerate(self.blocks):
-                with jax.named_scope(f"layers.{i}"):
-                    x, layer_state = block(x, None if state is None else state[i], self.time)
-                states.append(layer_state)
-            state = states
+        x, state = through(self.blocks, lambda block, x, layer_state: block(x, layer_state, self.time), x, state)
         with jax.named_scope("head"):
             x = self.norm(x[:, -1].astype(self.embed[...].dtype))
             logits = jnp.einsum("be,ve->bv", x, self.embed[...]) if self.cfg.tied else self.head(x)
@@ -196,22 +178,17 @@ class Mamba(nnx.Module):
 
 def _read_config(meta: Mapping[str, Any], where: str, dtype: str) -> Config:
     """The Config of a config.json; raises ModelError for what this family does not compute and for missing keys."""
-    wrong = [f"{key}={value!r}" for key, value, known in (
-        ("model_type", meta.get("model_type"), "mamba"), ("hidden_act", meta.get("hidden_act", "silu"), "silu"),
-        ("use_bias", meta.get("use_bias", False), False), ("use_conv_bias", meta.get("use_conv_bias", True), True),
-    ) if value != known]  # fmt: skip
-    if wrong:
-        raise ModelError(f"models.mamba does not compute {', '.join(wrong)}", where=where,
-                         mend="use a Mamba-1 checkpoint in Hugging Face's form (state-spaces/mamba-130m-hf), without projection biases")  # fmt: skip
-    try:
+    hold_to_known(
+        "mamba", where, "use a Mamba-1 checkpoint in Hugging Face's form (state-spaces/mamba-130m-hf), without projection biases",
+        ("model_type", meta.get("model_type"), ("mamba",)), ("hidden_act", meta.get("hidden_act", "silu"), ("silu",)),
+        ("use_bias", meta.get("use_bias", False), (False,)), ("use_conv_bias", meta.get("use_conv_bias", True), (True,)),
+    )  # fmt: skip
+    with reading(where):
         dim, rank = meta["hidden_size"], meta.get("time_step_rank", "auto")
         return Config(vocab=meta["vocab_size"], dim=dim, layers=meta["num_hidden_layers"], inner=int(meta.get("expand", 2) * dim),
                       state=meta["state_size"], conv=meta["conv_kernel"], rank=-(-dim // 16) if rank == "auto" else rank,
                       norm_eps=meta["layer_norm_epsilon"], residual_f32=bool(meta.get("residual_in_fp32", True)),
                       tied=bool(meta.get("tie_word_embeddings", True)), dtype=dtype)  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"the configuration has no key {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise ModelError(what, where=where, mend="use the config.json saved with the weights") from None
 
 
 def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
@@ -223,9 +200,7 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
     file = open_safetensors(path)
     cfg = _read_config(file.meta, str(path), dtype)
 
-    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if "*" in name:
-            return np.stack([make(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])])
+    def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name.endswith("conv1d.weight"):
             value = file.tensor(name, (shape[1], 1, shape[0]))[:, 0].T
         elif len(shape) == 2 and "embed" not in name and not name.endswith("A_log"):
@@ -234,40 +209,16 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
             value = file.tensor(name, shape)
         return np.ascontiguousarray(value, dtype=jnp.dtype(dtype))
 
-    return cfg, make
+    hold_to_layers(file, "backbone.layers.", cfg.layers)
+    return cfg, stacks(one)
 
 
-def generation(
-    name: str | Config, *, batch: int = 1, prompt: int | np.ndarray = 128, new_tokens: int = 32, seed: int | None = None,
-    weights: Make | None = None, dtype: str | None = None, layers: Literal["unrolled", "scanned"] = "unrolled", loop: Loop = "scan",
-    sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False, time: Time = "associative",
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
-    """One request as a traceable function and its arguments: `fn(weights, tokens[, key])` -> tokens int32 [batch, new_tokens].
+def generation(name: str | Config, *, time: Time = "associative", **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One request as a traceable function and its arguments; the options but `time` are those of `models.generate.requested`.
 
-    All options but `time` (how prefill runs the recurrence) are those of models.llama.generation.
-    Raises ModelError for a name that is not in CONFIGS, an unknown `time` and lengths that make no request.
+    `time` is how prefill runs the recurrence. Raises ModelError for one that there is not.
     """
-    cfg = config(name)
-    if dtype is not None:
-        cfg = dataclasses.replace(cfg, dtype=dtype)
     if time not in ("associative", "scan"):
         raise ModelError(f"there is no way {time!r} to run the recurrence", where="models.mamba.generation", mend="use time='associative' or 'scan'")
-    concrete = weights is not None or seed is not None
-    inputs = request(cfg.vocab, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed, concrete=concrete, sample=sample, loop=loop, logits=logits)
-    graphdef, state = nnx.split(Mamba(cfg, maker(cfg.dtype, dtype, seed, weights), scanned=layers == "scanned", time=time))
-
-    def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
-        model = nnx.merge(graphdef, weights)
-        return generate(model.prefill, model.decode_step, tokens, new_tokens, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
-
-    fn.__name__ = fn.__qualname__ = "generate"
-    return fn, (state, *inputs)
-
-
-def config(name: str | Config) -> Config:
-    """Look a configuration up by name; raises ModelError with the names there are."""
-    if isinstance(name, Config):
-        return name
-    if name not in CONFIGS:
-        raise ModelError(f"no Mamba configuration is called {name!r}", where="models.mamba.CONFIGS", mend="use one of " + ", ".join(CONFIGS))
-    return CONFIGS[name]
+    cfg = named(name, CONFIGS, "Mamba", "mamba")
+    return requested(cfg, lambda cfg, make, scanned, *_: of_nnx(Mamba(cfg, make, scanned=scanned, time=time)), **options)

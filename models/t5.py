@@ -22,9 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from models.checkpoint import Checkpoint, ModelError, open_safetensors
-from models.generate import Loop, Make, generate, maker, request
-from models.gpt2 import parameters, unfit
+from models.checkpoint import (
+    Checkpoint,
+    Make,
+    ModelError,
+    hold_to_known,
+    hold_to_layers,
+    hold_to_numbers,
+    open_safetensors,
+    reading,
+    stacks,
+)
+from models.generate import Steps, named, parameters, requested
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,15 +57,12 @@ class Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        wrong = unfit(self, "vocab", "dim", "layers", "decoder_layers", "heads", "head_dim", "ffn", "buckets", "max_distance")
-        if not wrong and (self.buckets < 4 or self.max_distance <= self.buckets // 2):
-            wrong.append(f"{self.buckets} buckets for distances up to {self.max_distance}")
-        if not wrong and self.start_token not in range(self.vocab):
-            wrong.append(f"start_token = {self.start_token!r}")
-        if wrong:
-            raise ModelError(f"a model cannot have {', '.join(wrong)}", where="the configuration",
-                             mend="sizes are whole numbers from 1 (buckets from 4, max_distance above half of them), norm_eps is above 0, "
-                                  "start_token is a token, dtype is float32, bfloat16 or float16")  # fmt: skip
+        hold_to_numbers(self, ("vocab", "dim", "layers", "decoder_layers", "heads", "head_dim", "ffn", "buckets", "max_distance"))
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise ModelError(f"a model cannot have {self.buckets} buckets for distances up to {self.max_distance}", where="the configuration",
+                             mend="give 4 buckets or more, and a max_distance above half of them")  # fmt: skip
+        if self.start_token not in range(self.vocab):
+            raise ModelError(f"a model cannot have start_token = {self.start_token!r}", where="the configuration", mend="give a token of the vocabulary")
 
 
 CONFIGS: dict[str, Config] = {
@@ -224,19 +230,15 @@ def _read_config(file: Checkpoint, dtype: str) -> Config:
     """The Config of a folder; raises ModelError for what this family does not compute and for missing keys."""
     meta, where = file.meta, str(file.path)
     feed = meta.get("feed_forward_proj", "relu")
-    if meta.get("model_type") != "t5" or feed not in ("relu", "gated-gelu"):
-        raise ModelError(f"models.t5 does not compute model_type={meta.get('model_type')!r}, feed_forward_proj={feed!r}", where=where,
-                         mend="use a T5, T5 1.1 or Flan-T5 checkpoint with feed_forward_proj relu or gated-gelu")  # fmt: skip
-    try:
+    hold_to_known("t5", where, "use a T5, T5 1.1 or Flan-T5 checkpoint with feed_forward_proj relu or gated-gelu",
+                  ("model_type", meta.get("model_type"), ("t5",)), ("feed_forward_proj", feed, ("relu", "gated-gelu")))  # fmt: skip
+    with reading(where):
         return Config(vocab=meta["vocab_size"], dim=meta["d_model"], layers=meta["num_layers"], heads=meta["num_heads"], head_dim=meta["d_kv"],
                       decoder_layers=meta["num_layers"] if (n := meta.get("num_decoder_layers")) is None else n, ffn=meta["d_ff"],
                       gated=feed == "gated-gelu", tied="lm_head.weight" not in file.names, buckets=meta["relative_attention_num_buckets"],
                       scaled_head=bool(meta.get("scale_decoder_outputs", meta.get("tie_word_embeddings", True))),
                       max_distance=meta.get("relative_attention_max_distance", 128), norm_eps=meta["layer_norm_epsilon"],
                       start_token=meta.get("decoder_start_token_id") or 0, dtype=dtype)  # fmt: skip
-    except (KeyError, TypeError, ModelError) as error:
-        what = f"the configuration has no key {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise ModelError(what, where=where, mend="use the config.json saved with the weights") from None
 
 
 def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
@@ -248,36 +250,21 @@ def load(path: str | Path, *, dtype: str = "float32") -> tuple[Config, Make]:
     file = open_safetensors(path)
     cfg = _read_config(file, dtype)
 
-    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if "*" in name:
-            return np.stack([make(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])])
+    def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
         kernel = name.endswith(".kernel")
         value = file.tensor(_on_disk(name), shape[::-1] if kernel else shape)
         return np.ascontiguousarray(value.T if kernel else value, dtype=jnp.dtype(dtype))
 
-    return cfg, make
+    hold_to_layers(file, "encoder.block.", cfg.layers)
+    hold_to_layers(file, "decoder.block.", cfg.decoder_layers)
+    return cfg, stacks(one)
 
 
-def generation(
-    name: str | Config, *, batch: int = 1, prompt: int | np.ndarray = 128, new_tokens: int = 32, seed: int | None = None,
-    weights: Make | None = None, dtype: str | None = None, layers: Literal["unrolled", "scanned"] = "unrolled", loop: Loop = "scan",
-    sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False,
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
-    """One request as a traceable function and its arguments: `fn(weights, tokens[, key])` -> tokens int32 [batch, new_tokens].
+def _build(cfg: Config, make: Make, scanned: bool, prompt: int, new_tokens: int) -> tuple[Any, Callable[[Any], Steps]]:
+    """The weights, and prefill and decode_step under such weights."""
+    model = T5(cfg, new_tokens + 1, scanned=scanned)
 
-    The options are those of models.llama.generation; `prompt` is what the encoder reads, the decoder starts at the Config's start_token.
-    Raises ModelError for a name that is not in CONFIGS and for lengths that make no request.
-    """
-    cfg = config(name)
-    if dtype is not None:
-        cfg = dataclasses.replace(cfg, dtype=dtype)
-    concrete = weights is not None or seed is not None
-    inputs = request(cfg.vocab, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed, concrete=concrete, sample=sample, loop=loop, logits=logits)
-    model = T5(cfg, new_tokens + 1, scanned=layers == "scanned")
-    stacks = {"encoder.layers": cfg.layers, "decoder.layers": cfg.decoder_layers}
-    variables = parameters(model.clone(scanned=True), maker(cfg.dtype, dtype, seed, weights), stacks, layers == "scanned")
-
-    def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
+    def steps(weights: Any) -> Steps:
         def prefill(tokens: jax.Array, length: int) -> tuple[jax.Array, Any]:
             return model.apply(weights, tokens, None, mutable=["cache", "memory"])
 
@@ -285,16 +272,14 @@ def generation(
             logits, changed = model.apply({**weights, **state}, token[:, None], pos, mutable=["cache"])
             return logits, {**state, **changed}
 
-        return generate(prefill, decode_step, tokens, new_tokens, start=1, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
+        return prefill, decode_step
 
-    fn.__name__ = fn.__qualname__ = "generate"
-    return fn, (variables, *inputs)
+    return parameters(model.clone(scanned=True), make, {"encoder.layers": cfg.layers, "decoder.layers": cfg.decoder_layers}, scanned), steps
 
 
-def config(name: str | Config) -> Config:
-    """Look a configuration up by name; raises ModelError with the names there are."""
-    if isinstance(name, Config):
-        return name
-    if name not in CONFIGS:
-        raise ModelError(f"no T5 configuration is called {name!r}", where="models.t5.CONFIGS", mend="use one of " + ", ".join(CONFIGS))
-    return CONFIGS[name]
+def generation(name: str | Config, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One request as a traceable function and its arguments; the options are those of `models.generate.requested`.
+
+    `prompt` is what the encoder reads; the decoder starts at the Config's start_token.
+    """
+    return requested(named(name, CONFIGS, "T5", "t5"), _build, start=1, **options)

@@ -22,7 +22,7 @@ import enum
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from partition.graph import Graph, Op, Role, Tensor, bodies, roots
@@ -74,9 +74,6 @@ def anatomy(phases: Phases) -> Anatomy:
         numbers, count = _layers([op for op in level.ops if op.id not in skip], weighty, level.tensors)
         layer.update(numbers)
         layers[name] = count
-        for op in level.ops:
-            if op.id not in skip:
-                layer.setdefault(op.id, None)
     for op in graph.walk():
         kind.setdefault(op.id, Kind.OTHER)
         layer.setdefault(op.id, None)
@@ -87,7 +84,6 @@ def _weights(graph: Graph) -> set[int]:
     """Tensors that are weights or made of weights and constants alone, on every level."""
     params = {t for t in graph.inputs if graph.tensors[t].role is Role.PARAM}
     found = params | {inner for inner, outer in roots(graph).items() if outer in params}
-    moving = {t for t in graph.inputs if graph.tensors[t].role is Role.INPUT}
 
     def enter(level: Graph) -> None:
         for op in level.ops:
@@ -98,7 +94,7 @@ def _weights(graph: Graph) -> set[int]:
                 enter(body)
 
     enter(graph)
-    return found - moving
+    return found
 
 
 class _Level:
@@ -140,27 +136,28 @@ class _Level:
 
     def ahead(self, op: Op, residuals: bool = False) -> Iterable[Op]:
         """Ops that read what an op makes, and go on through those that are no contraction (nor, unless asked for, a residual)."""
-        seen, queue = {op.id}, deque(r for t in op.outputs for r in self.readers.get(t, ()))
-        while queue:
-            reader = queue.popleft()
-            if reader.id in seen:
-                continue
-            seen.add(reader.id)
-            yield reader
-            if not _contracts(reader) and not self.looks_up(reader) and (residuals or not self.residual(reader)):
-                queue += [r for t in reader.outputs for r in self.readers.get(t, ())]
+        def after(op: Op) -> list[Op]:
+            return [r for t in op.outputs for r in self.readers.get(t, ())]
+
+        return _walk(after(op), lambda r: [] if self.looks_up(r) or (self.residual(r) and not residuals) else after(r))
 
     def behind(self, op: Op, operand: int) -> Iterable[Op]:
         """Ops that make an operand, and go back through those that are no contraction and no residual."""
-        seen, queue = set[int](), deque([self.maker[operand]] if operand in self.maker else [])
-        while queue:
-            maker = queue.popleft()
-            if maker.id in seen:
-                continue
-            seen.add(maker.id)
-            yield maker
-            if not _contracts(maker) and not self.residual(maker):
-                queue += [self.maker[t] for t in maker.inputs if t in self.maker]
+        def before(tensors: Iterable[int]) -> list[Op]:
+            return [self.maker[t] for t in tensors if t in self.maker]
+
+        return _walk(before([operand]), lambda m: [] if self.residual(m) else before(m.inputs))
+
+
+def _walk(first: Iterable[Op], onward: Callable[[Op], Iterable[Op]]) -> Iterator[Op]:
+    """Ops breadth first, each once; from a contraction the walk does not go on."""
+    seen, queue = set[int](), deque(first)
+    while queue:
+        op = queue.popleft()
+        if op.id not in seen:
+            seen.add(op.id)
+            yield op
+            queue.extend(() if _contracts(op) else onward(op))
 
 
 def _contracts(op: Op) -> bool:

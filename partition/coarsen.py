@@ -13,8 +13,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
-from partition.graph import Op, Role, Span, Tensor, bodies
-from partition.phases import CONTRACTIONS, Phase, Phases, is_weight
+from partition.graph import Op, Role, Span, Tensor
+from partition.loops import CONTRACTIONS, holds
+from partition.phases import Phase, Phases, is_weight
 
 Region = Literal["top", "cond", "body"]
 PROMINENCE = 2.0
@@ -207,7 +208,7 @@ def valleys(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[list[Op]]:
     bounds = [0, *(c + 1 for c in cuts), len(ops)]
     for a, b in itertools.pairwise(bounds):
         pending += ops[a:b]
-        if any(has_contraction(op) for op in ops[a:b]):
+        if any(holds(op, CONTRACTIONS) for op in ops[a:b]):
             pieces.append(pending)
             pending = []
     if pending:
@@ -220,18 +221,13 @@ def split_heavy(ops: list[Op], tensors: Sequence[Tensor], weights: frozenset[int
     read = {t for op in ops for t in op.inputs if t in weights}
     if sum(tensors[t].nbytes for t in read) <= most:
         return [ops]
-    marks = [n for n, op in enumerate(ops) if has_contraction(op) and not weights.isdisjoint(op.inputs)]
+    marks = [n for n, op in enumerate(ops) if holds(op, CONTRACTIONS) and not weights.isdisjoint(op.inputs)]
     if len(marks) < 2:
         return [ops]
     live = live_bytes(ops, tensors)
     middle = len(marks) // 2
     at = min(range(marks[middle - 1], marks[middle]), key=lambda n: (live[n], n))
     return [*split_heavy(ops[: at + 1], tensors, weights, most), *split_heavy(ops[at + 1 :], tensors, weights, most)]
-
-
-def has_contraction(op: Op) -> bool:
-    """Whether an op is a contraction or holds one."""
-    return op.primitive in CONTRACTIONS or any(has_contraction(o) for body in bodies(op) for o in body.ops)
 
 
 def share(op: Op, span: Span) -> float:

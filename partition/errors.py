@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import difflib
 import enum
+import importlib
+import os
+import traceback
 from collections.abc import Iterable
 
 
@@ -24,6 +27,14 @@ def told(error: BaseException) -> str:
     """An exception in one line: its type, and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def user_line(error: BaseException, *libraries: str) -> str:
+    """Where a user's code raised: the last line of the traceback outside of this package and of the folders named; else the last of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = (os.path.dirname(__file__), importlib.__path__[0], "<frozen importlib", *libraries)
+    last = ([f for f in frames if not f.filename.startswith(foreign)] or frames)[-1]
+    return f"{last.filename}:{last.lineno} ({last.name}): {last.line}"
 
 
 class PartitionError(Exception):

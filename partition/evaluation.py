@@ -197,10 +197,9 @@ def verify(problem: Problem, placement: Any) -> Placement:
             raise PlacementError(f"the further meshes of node {n} are {others!r}", where="placement.also",
                                  mend="give a tuple of mesh numbers, each once and without the node's own; or use problem.placement(...)")  # fmt: skip
     foreign = [n for n in range(len(problem)) if any(not 0 <= m < len(problem.meshes) for m in placement.of(n))]
-    if foreign or set(placement.also) - set(range(len(problem))):
-        n = foreign[0] if foreign else max(placement.also)
-        raise PlacementError(f"node {n} is placed on mesh {mesh[n] if n < len(problem) else '?'}, which this problem does not have",
-                             where=f"node {n} ({problem.names[n] if n < len(problem) else 'foreign'})",
+    if foreign:
+        n = foreign[0]
+        raise PlacementError(f"node {n} is placed on mesh {mesh[n]}, which this problem does not have", where=f"node {n} ({problem.names[n]})",
                              mend=f"mesh numbers run from 0 to {len(problem.meshes) - 1}: {', '.join(problem.meshes)}")  # fmt: skip
     if wrong := [n for n, m in problem.pins.items() if m not in placement.of(n)]:
         raise PlacementError(f"node {wrong[0]} is pinned to {problem.meshes[problem.pins[wrong[0]]]} and placed elsewhere",

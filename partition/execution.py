@@ -164,7 +164,9 @@ class Runner:
             except Exception as error:
                 inside = [o for op, _ in stage.items for o in (op, *(i for body in bodies(op) for i in body.walk()))]
                 ops = sorted({o.primitive for o in inside if o.primitive in _jax.OPAQUE})
-                raise ExecutionError(f"stage {stage.id} cannot be compiled for CPU: {told(error)}", where=f"its opaque ops: {', '.join(ops) or 'none'}",
+                if not ops:
+                    raise
+                raise ExecutionError(f"stage {stage.id} cannot be compiled for CPU: {told(error)}", where=f"its opaque ops: {', '.join(ops)}",
                                      mend="use a form that runs on CPU (interpret=True for Pallas; no shard_map over devices of its own)") from error  # fmt: skip
 
     def load(self, *args: Any) -> dict[int, Any]:

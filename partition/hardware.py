@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import types
-import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -176,17 +174,3 @@ class Cluster:
         )  # fmt: skip
         return dataclasses.replace(self, meshes=meshes, edges=edges)
 
-
-def from_plain(kind: Any, raw: Any) -> Any:
-    """A value of this file from the plain dicts and lists that `dataclasses.asdict` makes of it."""
-    if isinstance(kind, types.UnionType):
-        return None if raw is None else from_plain(kind.__args__[0], raw)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        make: Any = kind
-        return make(**{f.name: from_plain(hints[f.name], raw[f.name]) for f in dataclasses.fields(kind)})
-    if typing.get_origin(kind) is tuple:
-        return tuple(from_plain(kind.__args__[0], x) for x in raw)
-    if typing.get_origin(kind) is not None:  # a mapping from names
-        return {k: from_plain(kind.__args__[1], x) for k, x in raw.items()}
-    return kind(raw) if kind in (Kind, float) else raw

@@ -248,11 +248,9 @@ def _match(first: _Flat, step: _Flat) -> _Match:
 
 def _at(leaf: _Leaf, outs: Sequence[_Leaf], used: set[int]) -> int | None:
     """The result that stands at a leaf's place, in a tuple of results or as the only one, and is like it."""
-    for place in (_Leaf.place.fget, lambda out: out.keys):  # type: ignore[attr-defined]
-        found = [i for i, out in enumerate(outs) if i not in used and place(out) == leaf.place and out.like(leaf)]
-        if found:
-            return found[0]
-    return None
+    alike = [(i, out) for i, out in enumerate(outs) if i not in used and out.like(leaf)]
+    found = [i for i, out in alike if out.place == leaf.place] + [i for i, out in alike if out.keys == leaf.place]
+    return found[0] if found else None
 
 
 def _unfed(leaf: _Leaf, first: _Flat, step: _Flat) -> TraceError:

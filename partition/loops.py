@@ -44,13 +44,9 @@ def _floating(t: Tensor) -> bool:
     return "float" in t.dtype
 
 
-def contains(op: Op, test: str) -> bool:
-    """Whether an op is, or somewhere inside has, a contraction or a discretiser."""
-    return any(_is(o, test) or (bool(bodies(o)) and contains(o, test)) for body in bodies(op) for o in body.ops)
-
-
-def _is(op: Op, test: str) -> bool:
-    return op.primitive in CONTRACTIONS if test == "contraction" else op.primitive in _DISCRETISERS
+def holds(op: Op, primitives: frozenset[str]) -> bool:
+    """Whether an op is one of these primitives, or has one somewhere inside."""
+    return op.primitive in primitives or any(holds(o, primitives) for body in bodies(op) for o in body.ops)
 
 
 _DISCRETISERS = frozenset({"argmax", "argmin", "top_k", "sort", "approx_top_k", "lt", "le", "gt", "ge", "eq", "ne"})
@@ -60,7 +56,7 @@ def discretises(op: Op, tensors: Sequence[Tensor]) -> bool:
     """Whether an op makes integers or truth values of floats by choosing."""
     makes = any(not _floating(tensors[t]) for t in op.outputs)
     reads_floats = any(_floating(tensors[t]) for t in op.inputs)
-    return makes and reads_floats and (op.primitive in _DISCRETISERS or contains(op, "discretiser"))
+    return makes and reads_floats and holds(op, _DISCRETISERS)
 
 
 def feedback(body: Graph, slots: range) -> tuple[list[int], list[str]]:
@@ -82,7 +78,7 @@ def feedback(body: Graph, slots: range) -> tuple[list[int], list[str]]:
             p |= plain.get(t, 0)
         if not r:
             continue
-        if op.primitive in CONTRACTIONS or contains(op, "contraction"):
+        if holds(op, CONTRACTIONS):
             m |= r
         chooses = discretises(op, tensors)
         for t in op.outputs:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from partition.graph import Graph, Op, Role, Tensor
-from partition.loops import CONTRACTIONS, Finding, contains, discretises
+from partition.loops import CONTRACTIONS, Finding, discretises, holds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def passes(graph: Graph) -> Passes:
     unrolled = _unrolled(graph, moving)
     if unrolled is not None:
         return unrolled
-    found = [p for p in components(graph, moving) if any(_contracts(op) for op in p)]
+    found = [p for p in components(graph, moving) if any(holds(op, CONTRACTIONS) for op in p)]
     if not found:
         why = "nothing that depends on an input is contracted with anything"
         return Passes(of={}, batch=1, findings=(Finding(what="no phase of inference", why=why, confidence=0.6),))
@@ -87,10 +87,6 @@ def _replaces(graph: Graph, new: int, old: int) -> bool:
     return op.primitive in ("add", "sub")
 
 
-def _contracts(op: Op) -> bool:
-    return op.primitive in CONTRACTIONS or contains(op, "contraction")
-
-
 def _unrolled(graph: Graph, moving: set[int]) -> Passes | None:
     """Tokens that are written one after the other without a loop; None where none is."""
     tensors: Sequence[Tensor] = graph.tensors
@@ -110,7 +106,7 @@ def _unrolled(graph: Graph, moving: set[int]) -> Passes | None:
             at = max(at, choice + 1)
             feeding.update(t for t in op.inputs if chosen.get(t, -1) >= 0)
             first = first or (op, max((tensors[t].size for t in op.inputs if chosen.get(t, -1) >= 0), default=1))
-        through = _contracts(op) or not mixed.isdisjoint(op.inputs)
+        through = holds(op, CONTRACTIONS) or not mixed.isdisjoint(op.inputs)
         picks = through and discretises(op, tensors)
         for t in op.outputs:
             level[t] = at

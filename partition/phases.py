@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from partition.errors import NameUnknownError, PhaseError
 from partition.graph import Graph, Op, Role, bodies, roots, to_nx
-from partition.loops import CONTRACTIONS as CONTRACTIONS
 from partition.loops import Finding, batch_of, find_token_loop, written
 from partition.passes import dependents, passes
 

@@ -16,19 +16,19 @@ import platform
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pydantic
 
 from partition import profiles
 from partition.bounds import Bound, lower_bound
-from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, told
+from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, told, user_line
 from partition.evaluation import Estimate, evaluate, verify
 from partition.flow import Flow, Resident
-from partition.hardware import Cluster, from_plain
+from partition.hardware import Cluster
 from partition.phases import Phase
 from partition.policies import POLICIES, Policy
 from partition.problem import Placement, Problem
@@ -125,8 +125,11 @@ def writable(*folders: str | Path | None) -> None:
     """Find out, before any work is done, whether files can be written there. Raises OutputError."""
     for folder in folders:
         if folder is not None:
+            missing = [p for p in (Path(folder), *Path(folder).parents) if not p.exists()]
             write(folder, {".partition": ""})
             (Path(folder) / ".partition").unlink()
+            for made in missing:  # what the work does not come to fill is not left behind
+                made.rmdir()
 
 
 def model_bytes(args: Any) -> float:
@@ -205,12 +208,6 @@ def request(name: str, **options: Any) -> tuple[Callable[..., Any], tuple[Any, .
         case (fn, tuple() as args) if callable(fn):
             return fn, args
     raise PartitionError(f"model {name!r} gave {type(given).__name__}, not (fn, args)", where=name, mend=mend)
-
-
-def user_line(error: BaseException) -> str:
-    """Where an exception came from: the last line of its traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename}:{last.lineno} ({last.name})"
 
 
 def model_names() -> list[str]:
@@ -327,7 +324,7 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     if any(not 0 <= n < len(p["names"]) for f in p["flows"] for n in (f["src"], *f["dst"])):
         raise ValueError("a flow joins nodes that do not exist")
     problem = Problem(
-        cluster=None if raw["machines"] is None else from_plain(Cluster, raw["machines"]),
+        cluster=pydantic.TypeAdapter(Cluster | None).validate_python(raw["machines"]),
         names=tuple(p["names"]), phase=tuple(Phase(x) for x in p["phase"]), region=tuple(p["region"]), meshes=tuple(p["meshes"]),
         kinds=tuple(p["kinds"]), workload=Workload(**p["workload"]), objective=p["objective"], pins={int(k): v for k, v in p["pins"].items()},
         flows=tuple(Flow(**f | {"value": _value(f["value"]), "dst": tuple(f["dst"])}) for f in p["flows"]),

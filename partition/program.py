@@ -11,14 +11,13 @@ import functools
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 
 from partition import _jax
-from partition.errors import TraceError
+from partition.errors import TraceError, told, user_line
 from partition.graph import Graph, Op, Role
 from partition.joint import Call, Joint, join
 
@@ -129,9 +128,9 @@ def trace(
     try:
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*args)
     except Exception as error:
+        libraries = [os.path.dirname(m.__file__ or "") for m in (sys.modules.get("jax"), sys.modules.get("flax")) if m is not None]
         raise TraceError(
-            f"{called} cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            where=_user_line(error),
+            f"{called} cannot be traced: {told(error)}", where=user_line(error, *libraries, contextlib.__file__),
             mend="the function must be traceable by jax.make_jaxpr with these arguments: no Python branches on values, matching shapes",
         ) from error
     seconds = time.perf_counter() - start
@@ -150,11 +149,3 @@ def trace(
     )  # fmt: skip
     return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint)
 
-
-def _user_line(error: BaseException) -> str:
-    """The last line of the traceback that is neither JAX's nor this package's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    foreign = tuple(os.path.dirname(m.__file__ or "") for m in (sys.modules.get(n) for n in ("jax", "flax", "contextlib")) if m)[:2]
-    outside = [f for f in frames if not f.filename.startswith(foreign) and f.filename not in (__file__, contextlib.__file__)]
-    last = (outside or frames)[-1]
-    return f"{last.filename}:{last.lineno} ({last.name}): {last.line}"

@@ -17,7 +17,7 @@ B, L, C, V = 2, 8, 16, 128  # batch, prompt, cache length, vocabulary
 TOKENS = np.random.default_rng(0).integers(3, V, (B, L)).astype(np.int32)
 TOKEN, POSITION = np.full((B, 1), 5, np.int32), np.int32(L)
 
-TRANSFORMERS, TUNIX, DANTINOX, GEMMA = "transformers==4.57.6", "google-tunix==0.1.7", "dantinox==0.4.14", "gemma==3.3.0"
+TRANSFORMERS, TUNIX, DANTINOX, GEMMA = "transformers==4.57.6", "google-tunix==0.1.7", "dantinox==0.4.14", "gemma==4.0.1 kauldron==1.4.4 (Python 3.13)"
 NEEDS = {
     "hf_gpt2": TRANSFORMERS, "hf_gpt2_generate": TRANSFORMERS, "hf_gpt_neo": TRANSFORMERS, "hf_bloom": TRANSFORMERS, "hf_bart": TRANSFORMERS,
     "hf_whisper": TRANSFORMERS, "tunix_llama3": TUNIX, "tunix_qwen3_moe": TUNIX, "tunix_gemma3": TUNIX, "dantinox_mla_moe": DANTINOX,

@@ -14,7 +14,8 @@ import pytest
 from models import llama
 from partition.coarsen import Block, coarsen, late_statics, layer_scan, share, valleys
 from partition.graph import Op, bodies
-from partition.phases import CONTRACTIONS, Phase, Phases, is_weight, tag
+from partition.loops import CONTRACTIONS
+from partition.phases import Phase, Phases, is_weight, tag
 from partition.program import trace
 
 FORMS = list(itertools.product(("unrolled", "scanned"), ("scan", "while"), ("block", "op")))

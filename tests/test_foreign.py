@@ -7,6 +7,7 @@ import pytest
 
 import partition as pt
 from partition.anatomy import Kind
+from partition.graph import bodies
 from partition.loops import CONTRACTIONS
 from partition.phases import Phase
 
@@ -18,7 +19,7 @@ def adapted(name: str) -> dict[str, Any]:
     try:
         made: dict[str, Any] = getattr(foreign, name)()
     except (ImportError, AttributeError) as error:
-        pytest.skip(f"{foreign.NEEDS[name]} is needed (pip install '{foreign.NEEDS[name]}', see `make foreign`): {str(error).splitlines()[0]}")
+        pytest.skip(f"{foreign.NEEDS[name]} is needed (pip install {foreign.NEEDS[name]}, see `make foreign`): {str(error).splitlines()[0]}")
     return made
 
 
@@ -32,7 +33,7 @@ def test_a_model_of_others_is_planned_and_runs_when_cut(name: str) -> None:
         program = pt.trace(**made, new_tokens=5)
         args = program.args
     phases = pt.tag(program)
-    inside = {o.id for body in pt_bodies(phases.token_loop) for o in body.walk()}
+    inside = {o.id for body in bodies(phases.token_loop) for o in body.walk()}
     contractions = [o for o in program.graph.walk() if o.primitive in CONTRACTIONS]
     assert {phases.of[o.id] for o in contractions if o.id in inside} == {Phase.DECODE}
     assert {phases.of[o.id] for o in contractions if o.id not in inside} == {Phase.PREFILL}
@@ -41,9 +42,3 @@ def test_a_model_of_others_is_planned_and_runs_when_cut(name: str) -> None:
     assert {Kind.ATTENTION, Kind.HEAD} <= kinds
     plan = pt.plan(program, cluster="trn2_efa_cs3", trips=5)
     assert pt.check(plan.stages, *args).equal
-
-
-def pt_bodies(op: Any) -> Any:
-    from partition.graph import bodies
-
-    return bodies(op)

@@ -20,7 +20,8 @@ from jax import lax
 from models import generate, llama
 from partition.errors import PhaseError
 from partition.graph import Op, bodies
-from partition.phases import CONTRACTIONS, Phase, Phases, tag
+from partition.loops import CONTRACTIONS
+from partition.phases import Phase, Phases, tag
 from partition.program import Program, trace
 
 PROMPT, NEW, LAYERS = 16, 8, 3  # "tiny" has 3 layers, 2 key/value heads of 16, float32
