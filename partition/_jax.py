@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
+from partition import symbols
 from partition.graph import Graph, Loop, Op, Role, Span, Tensor, Value, itemsize, reads, writes
 
 OPAQUE = frozenset({"shard_map", "pallas_call", "ffi_call", "pure_callback", "custom_partitioning", "run_state", "custom_linear_solve"})
@@ -73,7 +74,8 @@ class Lowered:
 class _Reader:
     """Reads one jaxpr, bodies included, into one table of tensors. Calls are inlined and keep their caller's scope."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Mapping[str, Any]) -> None:
+        self.sizes = sizes
         self.tensors: list[Tensor] = []
         self.avals: list[Any] = []
         self.eqns: list[Any] = []
@@ -86,6 +88,8 @@ class _Reader:
 
     def tensor(self, aval: Any, role: Role, name: str = "") -> int:
         shape, dtype = tuple(getattr(aval, "shape", ())), str(getattr(aval, "dtype", "float0"))
+        if self.sizes:
+            shape = tuple(self.number(n) for n in shape)
         size: Any = 1
         for n in shape:
             size = size * n
@@ -93,6 +97,10 @@ class _Reader:
         self.tensors.append(made)
         self.avals.append(aval)
         return made.id
+
+    def number(self, n: Any) -> Any:
+        """A dimension as a number: of a symbolic one, its value."""
+        return n if isinstance(n, int) else symbols.value(n, self.sizes)
 
     def const(self, var: Any, value: Any) -> int:
         if id(value) not in self._consts:
@@ -162,7 +170,7 @@ class _Reader:
         if name == "scan":
             consts, carry = _scan_arity(params)
             body = self.graph(params["jaxpr"], None, scope)
-            return Loop(kind=name, trips=params["length"], cond_consts=0, consts=consts, carry=carry, body=body,
+            return Loop(kind=name, trips=self.number(params["length"]), cond_consts=0, consts=consts, carry=carry, body=body,
                         reverse=params["reverse"])  # fmt: skip
         body, cond = self.graph(params["body_jaxpr"], None, scope), self.graph(params["cond_jaxpr"], None, scope)
         consts = params["body_nconsts"]
@@ -193,9 +201,9 @@ def effects(jaxpr: Any) -> list[tuple[str, str]]:
     return found
 
 
-def read(jaxpr: Any, roles: Sequence[tuple[Role, str]]) -> Lowered:
-    """Read a closed jaxpr into a graph. `roles` gives role and name of each of its inputs."""
-    reader = _Reader()
+def read(jaxpr: Any, roles: Sequence[tuple[Role, str]], sizes: Mapping[str, Any]) -> Lowered:
+    """Read a closed jaxpr into a graph. `roles` gives role and name of each of its inputs, `sizes` a number for every symbol in shapes."""
+    reader = _Reader(sizes)
     graph = reader.graph(jaxpr, roles)
     return Lowered(graph=graph, eqns=reader.eqns, callers=reader.callers, avals=reader.avals, values=reader.values)
 

@@ -1,4 +1,4 @@
-"""anatomy(): what part of the model each op is (attention, mlp, experts, norm, ...), in which layer, and which layers repeat.
+"""anatomy(): what part of the model each op is (attention, mlp, experts, norm, ...), and why; in which layer (`layers.py`).
 
 Found from the structure, without names. Contractions are told first:
 
@@ -12,7 +12,6 @@ Found from the structure, without names. Contractions are told first:
 
 Other ops: a reduction whose outcome scales what it was taken of is a NORM; an in-place update of state is a STATE write; what lies after
 the head up to the chosen token is SAMPLING; the rest goes with the contraction that it feeds, or comes from.
-Layers are the repeats of the longest sequence of weights' contractions that repeats in program order; in a scan of layers, its iterations.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from partition.graph import Graph, Op, Role, Tensor, bodies, roots
+from partition.graph import Graph, Op, Role, bodies, roots
+from partition.layers import Layers, Marked, layers
 from partition.loops import CONTRACTIONS, discretises
 
 if TYPE_CHECKING:
@@ -50,34 +49,64 @@ class Kind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """kind: op id -> its part. layer: op id -> number of its layer in its region, None outside of any (or inside a scan of layers).
+    """The part of each op by id, why, and how sure that is; the layers.
 
-    layers: how many layers each region has ("top", "body"); scans of layers count their iterations.
+    why: op id -> (reason, confidence): 0.9 the structure that only this part has; 0.6 what is left, or what goes with a neighbour.
+    layer: op id -> the number of its layer, None outside of any and in a scan over layers; `layers.of` has the layers of each.
     """
 
     kind: Mapping[int, Kind]
-    layer: Mapping[int, int | None]
-    layers: Mapping[str, int]
+    why: Mapping[int, tuple[str, float]] = dataclasses.field(repr=False)
+    layers: Layers
+
+    @functools.cached_property
+    def layer(self) -> dict[int, int | None]:
+        """Op id -> the only layer that it computes, None where that is none or several."""
+        return {op: found[0] if len(found) == 1 else None for op, found in self.layers.of.items()}
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {count} layers, alike: {'; '.join(map(_span, self.layers.classes[name])) or 'none'}" for name, count in self.layers.counts.items()]
+        for kind in Kind:
+            ops = [op for op, k in self.kind.items() if k is kind]
+            if ops:
+                best = max(ops, key=lambda op: self.why[op][1])
+                lines.append(f"{kind}: {len(ops)} ops; op {best}: {self.why[best][0]} (confidence {self.why[best][1]:g}, least {min(self.why[op][1] for op in ops):g})")
+        return "\n".join(lines)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1 else ", ".join(map(str, numbers))
+
+
+class _Parts(dict[int, Kind]):
+    """What has been told so far: op id -> its part, with the reason; and the ops that add to the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.why: dict[int, tuple[str, float]] = {}
+        self.residuals: set[int] = set()
+
+    def say(self, op: int, kind: Kind, why: str, confidence: float = 0.9) -> None:
+        """Tell an op's part, unless it is told already."""
+        if op not in self:
+            self[op], self.why[op] = kind, (why, confidence)
 
 
 def anatomy(phases: Phases) -> Anatomy:
     """Find the parts and the layers of a tagged program."""
     graph, loop = phases.program.graph, phases.token_loop
-    weighty = _weights(graph)
-    kind: dict[int, Kind] = {}
-    layer: dict[int, int | None] = {}
-    layers: dict[str, int] = {}
-    regions = [("top", graph)] + ([("body", loop.loop.body)] if loop is not None and loop.loop is not None else [])
-    for name, level in regions:
-        skip = {loop.id} if loop is not None else set()
+    weighty, kind = _weights(graph), _Parts()
+    regions: dict[str, tuple[Graph, set[int]]] = {"top": (graph, set() if loop is None else {loop.id})}
+    if loop is not None and loop.loop is not None:
+        regions["body"] = loop.loop.body, set()
+    for level, skip in regions.values():
         _kinds(level, weighty, skip, kind, last=True)
-        numbers, count = _layers([op for op in level.ops if op.id not in skip], weighty, level.tensors)
-        layer.update(numbers)
-        layers[name] = count
     for op in graph.walk():
-        kind.setdefault(op.id, Kind.OTHER)
-        layer.setdefault(op.id, None)
-    return Anatomy(kind=kind, layer=layer, layers=layers)
+        kind.say(op.id, Kind.OTHER, "no contraction is near", 0.6)
+    marked = Marked(mixers={op for op, k in kind.items() if k in (Kind.ATTENTION, Kind.RECURRENT)}, residuals=kind.residuals,
+                    recurrent={op for op, k in kind.items() if k is Kind.RECURRENT},
+                    outside={op for op, k in kind.items() if k in (Kind.HEAD, Kind.EMBEDDING, Kind.SAMPLING) and kind.why[op][1] > 0.6})  # fmt: skip
+    return Anatomy(kind=kind, why=kind.why, layers=layers(graph, regions, weighty, marked))
 
 
 def _weights(graph: Graph) -> set[int]:
@@ -164,48 +193,53 @@ def _contracts(op: Op) -> bool:
     return op.primitive in CONTRACTIONS or op.loop is not None or bool(op.bodies)
 
 
-def _kinds(level: Graph, weighty: set[int], skip: set[int], kind: dict[int, Kind], last: bool) -> None:
+def _kinds(level: Graph, weighty: set[int], skip: set[int], kind: _Parts, last: bool) -> None:
     """Tell the ops of a level and of what it holds; `last`: its final contraction is the head."""
     g = _Level(level, weighty, skip)
+    kind.residuals.update(op.id for op in level.ops if g.residual(op))
     for op in (o for o in level.ops if o.id not in skip):
         for body in bodies(op):
             _kinds(body, weighty, skip, kind, last=False)
     plain = [op for op in level.ops if op.id not in skip and op.primitive in CONTRACTIONS]
     for op in plain:
         if op.primitive == "ragged_dot_general":
-            kind[op.id] = Kind.EXPERTS
+            kind.say(op.id, Kind.EXPERTS, "a ragged contraction: every row meets the weights of its own group")
         elif weighty.isdisjoint(op.inputs[:2]) and any(g.selects(m) for t in op.inputs[:2] for m in g.behind(op, t)):
-            kind[op.id] = Kind.EXPERTS
+            kind.say(op.id, Kind.EXPERTS, "its weights are some of a stack, by a choice")
+        elif weighty.isdisjoint(op.inputs[:2]) and _scores(g, op):
+            kind.say(op.id, Kind.ATTENTION, "two activations meet, and the result goes into a softmax")
+        elif weighty.isdisjoint(op.inputs[:2]) and (scores := [m.id for t in op.inputs[:2] for m in g.behind(op, t) if kind.get(m.id) is Kind.ATTENTION]):
+            kind.say(op.id, Kind.ATTENTION, f"two activations meet, one of them made of the scores of op {scores[0]}")
         elif weighty.isdisjoint(op.inputs[:2]):
-            kind[op.id] = Kind.ATTENTION if _scores(g, op) or any(kind.get(m.id) is Kind.ATTENTION for t in op.inputs[:2] for m in g.behind(op, t)) else Kind.RECURRENT
+            kind.say(op.id, Kind.RECURRENT, "two activations meet without a softmax")
     _routing(g, plain, kind)
     _head(g, plain, kind, last)
     _mixers(g, plain, kind)
     for op in plain:
-        kind.setdefault(op.id, Kind.MLP)
+        kind.say(op.id, Kind.MLP, "a contraction with a weight that is no other part", 0.6)
     _others(g, level, skip, kind)
 
 
-def _routing(g: _Level, plain: Sequence[Op], kind: dict[int, Kind]) -> None:
+def _routing(g: _Level, plain: Sequence[Op], kind: _Parts) -> None:
     """Routers: few results, chosen from by top_k, argmax or sort, on the way to other contractions of this level."""
     for op in plain:
         if op.id in kind:
             continue
         chooser = next((r for r in g.ahead(op) if discretises(r, g.tensors) and r.primitive in ("top_k", "argmax", "sort", "approx_top_k")), None)
         if chooser is not None and chooser.id in g.leads:
-            kind[op.id] = Kind.ROUTER
+            kind.say(op.id, Kind.ROUTER, f"{chooser.primitive} op {chooser.id} chooses among its results, and contractions follow")
             for r in g.ahead(chooser):
                 if r.id not in kind and r.primitive == "dot_general" and any(len(g.tensors[t].shape) > 2 for t in r.inputs if t in g.weighty):
-                    kind[r.id] = Kind.EXPERTS
+                    kind.say(r.id, Kind.EXPERTS, f"a stack of weights, behind the choice of op {chooser.id}")
 
 
-def _head(g: _Level, plain: Sequence[Op], kind: dict[int, Kind], last: bool) -> None:
+def _head(g: _Level, plain: Sequence[Op], kind: _Parts, last: bool) -> None:
     """The head: the last contraction with a weight, where no contraction follows."""
     if not last:
         return
     for op in reversed(plain):
         if op.id not in kind and not g.weighty.isdisjoint(op.inputs) and op.id not in g.leads:
-            kind[op.id] = Kind.HEAD
+            kind.say(op.id, Kind.HEAD, "the last contraction with a weight; no other follows")
             return
 
 
@@ -215,21 +249,22 @@ def _scores(g: _Level, op: Op) -> bool:
     return bool({"exp", "exp2"} & found) and "reduce_sum" in found
 
 
-def _mixers(g: _Level, plain: Sequence[Op], kind: dict[int, Kind]) -> None:
+def _mixers(g: _Level, plain: Sequence[Op], kind: _Parts) -> None:
     """Projections of attention and of recurrences: what takes their results before a residual, then what feeds nothing but them."""
     for op in plain:  # in program order, so that what takes a result is asked again in its turn
         if kind.get(op.id) in (Kind.ATTENTION, Kind.RECURRENT):
             for other in g.ahead(op):
                 if other.primitive in CONTRACTIONS:
-                    kind.setdefault(other.id, kind[op.id])
+                    kind.say(other.id, kind[op.id], f"it takes the result of op {op.id} before a residual")
     for op in reversed(plain):
         if op.id not in kind:
-            found = [kind.get(r.id) for r in g.ahead(op) if _contracts(r)]
-            if found and found[0] is not None and set(found) <= {Kind.ATTENTION, Kind.RECURRENT}:
-                kind[op.id] = found[0]
+            readers = [r.id for r in g.ahead(op) if _contracts(r)]
+            found = {kind.get(r) for r in readers}
+            if readers and found <= {Kind.ATTENTION, Kind.RECURRENT}:
+                kind.say(op.id, kind[readers[0]], f"up to the next residual it feeds op {readers[0]} and its like alone")
 
 
-def _others(g: _Level, level: Graph, skip: set[int], kind: dict[int, Kind]) -> None:
+def _others(g: _Level, level: Graph, skip: set[int], kind: _Parts) -> None:
     """Ops that are no contraction."""
     heads = [op for op in level.ops if kind.get(op.id) is Kind.HEAD]
     after = {r.id for op in heads for r in g.ahead(op, residuals=True)}
@@ -237,13 +272,13 @@ def _others(g: _Level, level: Graph, skip: set[int], kind: dict[int, Kind]) -> N
         if op.id in kind or op.id in skip:
             continue
         if op.primitive == "gather" and op.inputs[0] in g.weighty and not any(discretises(m, g.tensors) and m.primitive != "lt" for m in g.behind(op, op.inputs[1])):
-            kind[op.id] = Kind.EMBEDDING
+            kind.say(op.id, Kind.EMBEDDING, "rows of a weight are looked up")
         elif op.primitive.startswith(("dynamic_update_slice", "scatter")) and _is_state(g, op):
-            kind[op.id] = Kind.STATE
+            kind.say(op.id, Kind.STATE, "a buffer is written in place")
         elif op.id in after:
-            kind[op.id] = Kind.SAMPLING
+            kind.say(op.id, Kind.SAMPLING, "it follows the head")
         elif op.primitive in ("rsqrt", "sqrt") and any(m.primitive == "reduce_sum" for m in g.behind(op, op.inputs[0])):
-            kind[op.id] = Kind.NORM
+            kind.say(op.id, Kind.NORM, "the root of a sum")
     _spread(g, level, skip, kind)
 
 
@@ -257,58 +292,16 @@ def _is_state(g: _Level, op: Op) -> bool:
     return buffer not in g.maker
 
 
-def _spread(g: _Level, level: Graph, skip: set[int], kind: dict[int, Kind]) -> None:
+def _spread(g: _Level, level: Graph, skip: set[int], kind: _Parts) -> None:
     """Give every op left the kind of its first reader that has one, backwards; then of its maker, forwards."""
     for op in reversed(level.ops):
         if op.id in kind or op.id in skip:
             continue
-        found = [kind[r.id] for t in op.outputs for r in g.readers.get(t, ()) if r.id in kind]
+        found = [r.id for t in op.outputs for r in g.readers.get(t, ()) if r.id in kind]
         if found:
-            kind[op.id] = found[0]
+            kind.say(op.id, kind[found[0]], f"it feeds op {found[0]}", 0.6)
     for op in level.ops:
         if op.id not in kind and op.id not in skip:
-            found = [kind[g.maker[t].id] for t in op.inputs if t in g.maker and g.maker[t].id in kind]
-            kind[op.id] = found[0] if found else Kind.OTHER
-
-
-def _layers(ops: Sequence[Op], weighty: set[int], tensors: Sequence[Tensor]) -> tuple[dict[int, int | None], int]:
-    """Number of the layer of each op of a level, and how many there are, by the repeats of its contractions with weights."""
-    scans = [op for op in ops if op.loop is not None and op.loop.kind == "scan" and op.loop.trips and any(t in weighty for t in op.inputs[op.loop.consts + op.loop.carry :])]
-    if scans:
-        return {}, max(op.loop.trips or 0 for op in scans if op.loop is not None)
-    marks = [n for n, op in enumerate(ops) if op.primitive in CONTRACTIONS and not weighty.isdisjoint(op.inputs)]
-    signs = [(ops[n].primitive, *(tensors[t].shape for t in ops[n].inputs if t in weighty)) for n in marks]
-    first, period, count = repeats(signs)
-    if count < 2:
-        return {}, 1 if marks else 0
-    numbers: dict[int, int | None] = {}
-    starts = [marks[first + i * period] for i in range(count)]
-    lead = _lead(ops, starts)
-    end = marks[first + count * period - 1]
-    for i, start in enumerate(starts):
-        stop = starts[i + 1] - lead if i + 1 < count else end + 1
-        numbers.update((op.id, i) for op in ops[max(start - lead, 0) : stop])
-    return numbers, count
-
-
-def _lead(ops: Sequence[Op], starts: Sequence[int]) -> int:
-    """How many ops before its first contraction belong to a layer: as far back as all layers look alike."""
-    lead = 0
-    while starts[0] - lead > 0 and len({ops[s - lead - 1].primitive for s in starts}) == 1 and ops[starts[0] - lead - 1].primitive not in ("gather", *CONTRACTIONS):
-        lead += 1
-    return min(lead, min(b - a for a, b in itertools.pairwise(starts)) - 1)
-
-
-def repeats(signs: Sequence[object]) -> tuple[int, int, int]:
-    """(first, period, count) of the repeat that covers most of a sequence; of equal ones the shortest period. O(n x period)."""
-    best = (0, 1, 1 if signs else 0)
-    for period in range(1, len(signs) // 2 + 1):
-        run = 0
-        for i in range(len(signs) - period):
-            run = run + 1 if signs[i] == signs[i + period] else 0
-            count = run // period + 1
-            if count > 1 and count * period > best[1] * best[2]:
-                best = (i + period - count * period + 1, period, count)
-        if best[2] > 1 and best[1] * best[2] >= len(signs) - period:
-            break
-    return best
+            found = [g.maker[t].id for t in op.inputs if t in g.maker and g.maker[t].id in kind]
+            if found:
+                kind.say(op.id, kind[found[0]], f"it comes of op {found[0]}", 0.6)

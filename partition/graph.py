@@ -51,7 +51,7 @@ class Role(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """shape may hold symbolic dimensions; nbytes [B] is size x itemsize; name is the leaf's path for params and inputs."""
+    """nbytes [B] is size x itemsize; name is the leaf's path for params and inputs."""
 
     id: int
     shape: tuple[Any, ...]

@@ -87,9 +87,10 @@ class Phases:
         """Bytes that cross from prefill to decode, by the layer that makes them (None: outside of any); a scan of layers shares its own out."""
         graph, found = self.program.graph, dict[int | None, float]()
         for crossing in self.handoff:
-            op = graph.producer[crossing.tensor]
-            trips = op.loop.trips if op.loop is not None and op.loop.kind == "scan" and crossing.tensor in op.outputs[op.loop.carry :] else None
-            layers = range(trips) if trips else [self.anatomy.layer[op.id]]
+            op, t = graph.producer[crossing.tensor], crossing.tensor
+            while op.loop is not None and t in op.outputs and (inner := op.loop.body.outputs[op.outputs.index(t)]) in op.loop.body.producer:
+                op, t = op.loop.body.producer[inner], inner
+            layers = self.anatomy.layers.of[op.id] or (None,)
             for n in layers:
                 found[n] = found.get(n, 0.0) + crossing.nbytes / len(layers)
         return found
@@ -104,7 +105,9 @@ class Phases:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{len(self.ops(p))} {p}" for p in Phase)
-        return "\n".join([f"{counts}; {len(self.handoff)} tensors cross ({self.handoff_bytes / 1e6:.4g} MB)", *self.how])
+        at = ", ".join(f"{n} = {s}" for n, s in self.program.sizes.items())
+        how = [f"sizes for shapes: {at} stand in for the program's symbols"] if at else []
+        return "\n".join([f"{counts}; {len(self.handoff)} tensors cross ({self.handoff_bytes / 1e6:.4g} MB)", *how, *self.how])
 
 
 def _flat(graph: Graph, loop: int | None) -> list[Op]:

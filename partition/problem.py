@@ -14,7 +14,7 @@ import numpy as np
 
 from partition.coarsen import Block, coarsen, share
 from partition.costs import Cost, costs
-from partition.errors import NameUnknownError, PlacementError, WorkError
+from partition.errors import NameUnknownError, PlacementError, TraceError, WorkError
 from partition.flow import Flow, Resident, flows
 from partition.graph import Role, Value
 from partition.hardware import Cluster
@@ -174,6 +174,9 @@ def pose(
         raise NameUnknownError.among("level", str(level), ("block", "op"))
     if trips is not None and trips < 0:
         raise WorkError(f"a loop cannot run {trips} times", where="pose(trips=...)", mend="give the number of trips, from 0")
+    if sizes := phases.program.sizes:
+        raise TraceError(f"the program's shapes hold the symbols {', '.join(sizes)}, a problem needs numbers", where=phases.program.entry.name,
+                         mend=f"give them: program.at({', '.join(f'{n}=...' for n in sizes)})")  # fmt: skip
     graph, weights = phases.program.graph, is_weight(phases.program)
     loop = phases.token_loop
     runs = loop_trips(loop, graph, trips) if loop is not None else 0

@@ -11,12 +11,13 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import jax.export
 
-from partition import _jax
+from partition import _jax, symbols
 from partition.errors import TraceError, told, user_line
 from partition.graph import Graph, Op, Role
 from partition.joint import Call, Joint, join
@@ -44,6 +45,7 @@ class Program:
     """What was traced. `fn` is kept to run the uncut program; `seconds` is how long JAX took to trace it.
 
     Of separate prefill and decode callables: `args` are the leaves that the joined request takes, joint is how it was joined.
+    sizes: of a program traced with symbols in its shapes, the numbers that stand in for them in its graph; `at` gives it others.
     """
 
     fn: Callable[..., Any] = dataclasses.field(repr=False)
@@ -51,6 +53,17 @@ class Program:
     seconds: float
     args: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
     joint: Joint | None = dataclasses.field(default=None, repr=False)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    again: Callable[[Mapping[str, int]], Program] | None = dataclasses.field(default=None, repr=False)
+
+    def at(self, **sizes: int) -> Program:
+        """The program traced anew with a number for every symbol in its shapes. Raises TraceError for one too many, too few or too small."""
+        wanted, given = set(self.sizes), set(sizes)
+        wrong = sorted(wanted ^ given) or sorted(n for n, s in sizes.items() if not isinstance(s, int) or s < 1)
+        if wrong:
+            raise TraceError(f"the sizes given do not fit the symbols of the program: {', '.join(wrong)}", where=f"{self.entry.name}.at({', '.join(sorted(given))})",
+                             mend=f"give a whole number from 1 for each of: {', '.join(sorted(wanted)) or 'none, it has no symbols'}")  # fmt: skip
+        return self if self.again is None else self.again(sizes)
 
     @property
     def entry(self) -> Entry:
@@ -112,10 +125,15 @@ def trace(
     args are pytrees of arrays or `jax.ShapeDtypeStruct`s, or Flax NNX modules. `weights` are the positions of the arguments that hold
     weights; the others are inputs. Two callables share their first argument, the weights; how decode's other arguments are found, and
     what `feed` says instead, is told in `partition.joint`. The request then takes `program.args`.
+    Shapes may hold the symbols of `jax.export.symbolic_shape`: the program can be tagged as it is, and planned `at` sizes for them.
     Before the first JAX backend starts, CPU host devices are asked for, so that stages can run in this process.
     Raises TraceError, naming the user's line, when a callable cannot be traced, and the leaf that nothing feeds.
     """
     host_devices(DEFAULT_HOST_DEVICES)
+    given = functools.partial(trace, new_tokens=new_tokens, feed=feed, weights=weights, name=name)
+    again = None
+    if symbolic := _symbolic(args, prefill, decode):
+        again = lambda sizes: given(fn, *_sized(args, sizes), prefill=_sized(prefill, sizes), decode=_sized(decode, sizes))  # noqa: E731
     joint = None
     if fn is None or prefill is not None or decode is not None:
         if fn is not None or prefill is None or decode is None:
@@ -142,10 +160,26 @@ def trace(
     if effects := _jax.effects(jaxpr):
         raise TraceError(f"{called} has side effects that no stage can carry: {', '.join(sorted({name for name, _ in effects}))}", where=effects[0][1],
                          mend="remove callbacks with effects and ordered prints before planning; jax.debug.print without order may stay")  # fmt: skip
-    lowered = _jax.read(jaxpr, roles)
+    sizes = symbols.stand_ins(symbolic)
+    lowered = _jax.read(jaxpr, roles, sizes)
     entry = Entry(
         name=called, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),
         in_avals=tuple(_jax.body_of(jaxpr).invars[i].aval for i in range(len(leaves))),
     )  # fmt: skip
-    return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint)
+    return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint, sizes=sizes, again=again)
+
+
+def _symbolic(*given: Any) -> list[Any]:
+    """The symbolic dimensions of all leaves of what a caller gives."""
+    return [n for leaf in jax.tree_util.tree_leaves(given) for n in getattr(leaf, "shape", ()) if jax.export.is_symbolic_dim(n)]
+
+
+def _sized(given: Any, sizes: Mapping[str, int]) -> Any:
+    """The same, with a number in the place of every symbolic dimension."""
+
+    def leaf(x: Any) -> Any:
+        shape = tuple(symbols.value(n, sizes) if jax.export.is_symbolic_dim(n) else n for n in getattr(x, "shape", ()))
+        return jax.ShapeDtypeStruct(shape, x.dtype) if _symbolic(x) else x
+
+    return jax.tree_util.tree_map(leaf, given)
 

@@ -1,0 +1,307 @@
+"""Which layer of a model each op belongs to, and which layers are alike, from the structure alone.
+
+The contractions with weights of a level are put in an order that does not depend on how the program was written: back from the end, depth
+first, each after what it is made of. A layer is what repeats in it. Where one repeat holds several mixers (attention or a recurrence)
+with something else between them, each begins a layer (hybrids, experts in every second layer); what lies outside of all repeats is a layer
+where it holds a mixer (a first layer unlike the others). A scan over stacked weights runs what its body holds once a trip.
+
+A layer is known by its weights: the same weights, used by another phase, chunk or token, are the same layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from partition.graph import Graph, Op, Tensor, bodies, roots
+from partition.loops import CONTRACTIONS
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layers:
+    """of: op id -> the layers that it computes: one; several of an op in a scan over layers; none outside of any.
+
+    counts: how many layers each region has. classes: of each region, the groups of layers that compute the same but for their weights.
+    """
+
+    of: Mapping[int, tuple[int, ...]]
+    counts: Mapping[str, int]
+    classes: Mapping[str, tuple[tuple[int, ...], ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Marked:
+    """What `layers` needs to know, as ids of ops: those that mix positions, the recurrent ones of these; ops in no layer; residual additions."""
+
+    mixers: Collection[int]
+    recurrent: Collection[int]
+    outside: Collection[int]
+    residuals: Collection[int]
+
+
+def layers(graph: Graph, regions: Mapping[str, tuple[Graph, Collection[int]]], weighty: Collection[int], marked: Marked) -> Layers:
+    """Number the layers of each region: a level and the ids of ops that it leaves to another region."""
+    walk = _Numbering(graph, weighty, marked)
+    counts, classes = {}, {}
+    for name, (level, skip) in regions.items():
+        ops = [op for op in level.ops if op.id not in skip]
+        walk.level(ops)
+        walk.spread(ops)
+        found = {n for op in _all(ops) for n in walk.layers_of(op)}
+        counts[name] = len(found)
+        classes[name] = _alike(graph, ops, walk)
+    return Layers(of={op.id: walk.layers_of(op) for op in graph.walk()}, counts=counts, classes=classes)
+
+
+def _all(ops: Sequence[Op]) -> Iterator[Op]:
+    for op in ops:
+        yield op
+        for body in bodies(op):
+            yield from body.walk()
+
+
+class _Numbering:
+    """Numbers layers level by level. number: op id -> its layer; reach: layer -> all layers that it stands for in a scan."""
+
+    def __init__(self, graph: Graph, weighty: Collection[int], marked: Marked):
+        self.tensors, self.weighty, self.marked = graph.tensors, weighty, marked
+        self.maker = {t: op for op in graph.walk() for t in op.outputs}
+        self.root = roots(graph)
+        self.number: dict[int, int] = {}
+        self.known: dict[Hashable, int] = {}
+        self.reach: dict[int, tuple[int, ...]] = {}
+        self.depth: dict[int, tuple[int, int]] = {}
+        self.next = 0
+
+    def layers_of(self, op: Op) -> tuple[int, ...]:
+        return self.reach.get(n, (n,)) if (n := self.number.get(op.id)) is not None else ()
+
+    def level(self, ops: Sequence[Op]) -> None:
+        """Number the contractions of a level and of what it holds."""
+        for group in _components(ops, self.weighty):
+            plain: list[Op] = []
+            for op in self.ordered(group):
+                if op.loop is None and not op.bodies:
+                    plain.append(op)
+                else:
+                    self.units(plain)
+                    plain = []
+                    self.inner(op)
+            self.units(plain)
+
+    def inner(self, op: Op) -> None:
+        """Number what an op holds; a scan over stacked weights has its body's layers once a trip."""
+        first = self.next
+        for body in bodies(op):
+            self.level(body.ops)
+        loop = op.loop
+        if loop is None or loop.kind != "scan" or not loop.trips or not any(t in self.weighty for t in op.inputs[loop.consts + loop.carry :]):
+            return
+        if self.next == first and not any(o.id in self.number for o in loop.body.walk()):  # no mixer tells it, but a scan over weights is one
+            marks = [o for o in loop.body.ops if self.is_mark(o)]
+            self.take(marks)
+        count = self.next - first
+        for n in range(first, self.next):
+            self.reach[n] = tuple(x + count * i for i in range(loop.trips) for x in self.reach.get(n, (n,)))
+        self.next = first + count * loop.trips
+
+    def is_mark(self, op: Op) -> bool:
+        return op.primitive in CONTRACTIONS and op.id not in self.marked.outside and any(t in self.weighty for t in op.inputs)
+
+    def ordered(self, ops: Sequence[Op]) -> list[Op]:
+        """The contractions with weights of a level, and the ops that hold some, each after those that it is made of, chain by chain."""
+        maker = {t: op for op in ops for t in op.outputs}
+        makers: dict[int, list[Op]] = {}
+        signs: dict[int, str] = {}
+        for op in ops:
+            before = list({maker[t].id: maker[t] for t in op.inputs if t in maker}.values())
+            h, r = map(max, zip((0, 0), *(self.depth[m.id] for m in before), strict=True))
+            if self.is_mark(op) or any(self.is_mark(o) for body in bodies(op) for o in body.walk()):
+                h, signs[op.id] = h + 1, str(self.sign(op))
+            self.depth[op.id] = h, r + (op.id in self.marked.residuals)
+            makers[op.id] = sorted(before, key=lambda m: (self.depth[m.id], signs.get(m.id, "")))
+        read = {m.id for before in makers.values() for m in before}
+        found, done = [], set[int]()
+        stack = sorted((op for op in ops if op.id not in read), key=lambda op: self.depth[op.id])
+        while stack:  # depth first, the deepest maker first
+            op = stack[-1]
+            if op.id not in done and (wanted := [m for m in makers[op.id] if m.id not in done]):
+                stack += wanted
+                continue
+            stack.pop()
+            if op.id not in done and op.id in signs:
+                found.append(op)
+            done.add(op.id)
+        return found
+
+    def sign(self, op: Op) -> Hashable:
+        return (op.primitive, op.id in self.marked.mixers, *(self.tensors[t].shape for t in op.inputs if t in self.weighty))
+
+    def units(self, marks: Sequence[Op]) -> None:
+        """Number a run of contractions: the best repeat in it, then what lies before and after."""
+        if not marks:
+            return
+        depth = [self.depth[op.id] for op in marks]
+        mixes = [op.id in self.marked.mixers for op in marks]
+        streams = len({r for _, r in depth}) > 1  # with a residual stream, a layer ends at an addition to it
+        may_end = [a[0] < b[0] and (a[1] < b[1] or not streams) for a, b in itertools.pairwise(depth)]
+        first, period, count = repeats([self.sign(op) for op in marks], may_end, mixes)
+        attends = all(mixes[first : first + period]) and all(op.id not in self.marked.recurrent for op in marks[first : first + period])
+        if count < 2 or (attends and not all(mixes)):  # attention to itself and to an encoder are one layer, with what follows
+            self.mixing(marks)
+            return
+        self.units(marks[:first])
+        for i in range(count):
+            unit = marks[first + i * period : first + (i + 1) * period]
+            if len(_runs([op.id in self.marked.mixers for op in unit])) > 1:
+                self.mixing(unit)
+            else:
+                self.take(unit)
+        self.units(marks[first + count * period :])
+
+    def mixing(self, marks: Sequence[Op]) -> None:
+        """A layer from each run of mixers to the next."""
+        begins = _runs([op.id in self.marked.mixers for op in marks])
+        for begin, end in itertools.pairwise([*begins, len(marks)]):
+            self.take(marks[begin:end])
+
+    def take(self, marks: Sequence[Op]) -> None:
+        """One layer: known by its weights, or a new one."""
+        keys = [self.key(t) for op in marks for t in op.inputs if t in self.weighty]
+        found = {self.known.get(k) for k in keys}
+        number = found.pop() if len(found) == 1 else None
+        if number is None:
+            number, self.next = self.next, self.next + 1
+        self.known.update(dict.fromkeys(keys, number))
+        self.number.update((op.id, number) for op in marks)
+
+    def key(self, t: int) -> Hashable:
+        """A weight, by the argument that holds it and the slices that were taken of it."""
+        chain: list[Hashable] = []
+        while True:
+            t = self.root.get(t, t)
+            op = self.maker.get(t)
+            if op is None or not op.inputs or op.loop is not None or op.bodies:
+                return (t, *chain)
+            if op.primitive in ("slice", "dynamic_slice", "gather"):
+                chain.append((op.primitive, str(op.params.get("start_indices")), *(self.tensors[i].name for i in op.inputs[1:])))
+            t = op.inputs[0]
+
+    def spread(self, ops: Sequence[Op]) -> None:
+        """Give the ops between contractions a layer: of what they are made of up to the next residual, else of all that read them."""
+        for body in (b for op in ops for b in bodies(op)):
+            self.spread(body.ops)
+        level = {t: op for op in ops for t in op.outputs}
+        outside, residuals = self.marked.outside, self.marked.residuals
+        for op in ops:
+            if op.id not in self.number and op.id not in outside:
+                makers = [level[t] for t in op.inputs if t in level]
+                found = {self.number[m.id] for m in makers if m.id in self.number and m.id not in residuals}
+                if len(found) == 1 or (found and op.primitive in CONTRACTIONS):
+                    self.number[op.id] = max(found)
+        readers: dict[int, set[int | None]] = {}
+        stream = {t for op in ops if op.id in residuals for t in op.inputs}
+        for op in reversed(ops):
+            if op.id not in self.number and op.id not in outside and stream.isdisjoint(op.outputs):
+                wanted = set().union(*(readers.get(t, set()) for t in op.outputs)) if op.outputs else set()
+                if len(wanted) == 1 and (number := wanted.pop()) is not None:
+                    self.number[op.id] = number
+            for t in op.inputs:
+                readers.setdefault(t, set()).add(self.number.get(op.id))
+
+
+def _components(ops: Sequence[Op], weighty: Collection[int]) -> list[list[Op]]:
+    """Groups of ops that activations join, in program order: two models side by side are two."""
+    group: dict[int, int] = {}
+    maker: dict[int, int] = {}
+
+    def root(i: int) -> int:
+        while group[i] != i:
+            group[i] = group[group[i]]
+            i = group[i]
+        return i
+
+    for op in ops:
+        group[op.id] = op.id
+        for t in op.inputs:
+            if t in maker and t not in weighty:
+                a, b = root(maker[t]), root(op.id)
+                group[max(a, b)] = min(a, b)
+        maker.update(dict.fromkeys(op.outputs, op.id))
+    found: dict[int, list[Op]] = {}
+    for op in ops:
+        found.setdefault(root(op.id), []).append(op)
+    return list(found.values())
+
+
+def _runs(mixes: Sequence[bool]) -> list[int]:
+    """Where the runs of mixers begin."""
+    return [n for n, is_mixer in enumerate(mixes) if is_mixer and (n == 0 or not mixes[n - 1])]
+
+
+def repeats(signs: Sequence[Hashable], may_end: Sequence[bool], mixes: Sequence[bool]) -> tuple[int, int, int]:
+    """(first, period, count) of the repeat that covers most of a sequence; of equal ones the shortest period. O(n x period).
+
+    may_end: of each neighbouring pair, whether a layer may end between them. mixes: of each item, whether it mixes positions; where a
+    repeat may begin in several places, it begins with a mixer, where it has the fewest runs of them.
+    """
+    best, size = (0, 1, 1 if signs else 0), 0
+    for period in range(1, len(signs) // 2 + 1):
+        run = 0
+        for i in range(len(signs) - period + 1):
+            if i < len(signs) - period and signs[i] == signs[i + period]:
+                run += 1
+                continue
+            if run >= period and (run + period) // period * period > size:
+                found = _aligned(i - run, i + period, period, may_end, mixes)
+                if found is not None and found[1] * found[2] > size:
+                    best, size = found, found[1] * found[2]
+            run = 0
+        if size >= len(signs) - period and size:
+            break
+    return best
+
+
+def _aligned(begin: int, end: int, period: int, may_end: Sequence[bool], mixes: Sequence[bool]) -> tuple[int, int, int] | None:
+    """Where in a periodic stretch the repeats begin."""
+    found = []
+    for first in range(begin, min(begin + period, end - 2 * period + 1)):
+        count = (end - first) // period
+        if all(may_end[first + k * period - 1] for k in range(1, count)):
+            unit = mixes[first : first + period]
+            found.append((-count, len(_runs(unit)), not unit[0] or unit[-1], first))
+    return (min(found)[3], period, -min(found)[0]) if found else None
+
+
+def _alike(graph: Graph, ops: Sequence[Op], walk: _Numbering) -> tuple[tuple[int, ...], ...]:
+    """The layers of a region in groups that compute the same: every op of one has its like in the other, fed by the likes of its makers."""
+    shape: dict[int, Hashable] = {}
+    parts: dict[int, list[int]] = {}
+    for op in _all(ops):
+        number = walk.number.get(op.id)
+        if number is None:
+            continue
+        own = []
+        for t in op.inputs:
+            maker = walk.maker.get(t)
+            inner = maker is not None and walk.number.get(maker.id) == number
+            own.append(shape[maker.id] if inner and maker is not None and maker.id in shape else _look(graph.tensors[t], t in walk.weighty))
+        shape[op.id] = hash((op.primitive, _static(op.params), tuple(own), tuple(_look(graph.tensors[t], False) for t in op.outputs)))
+        parts.setdefault(number, []).append(hash(shape[op.id]))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number in sorted(parts):
+        groups.setdefault(tuple(sorted(parts[number])), []).extend(walk.reach.get(number, (number,)))
+    return tuple(tuple(sorted(g)) for g in groups.values())
+
+
+def _look(t: Tensor, weight: bool) -> Hashable:
+    return (t.shape, t.dtype, weight, t.name if t.role == "literal" else "")
+
+
+_PLAIN = (int, float, str, bool, tuple, type(None))
+
+
+def _static(params: Mapping[str, Any]) -> Hashable:
+    """The parameters of an op that say what it computes, but for the graphs that it holds."""
+    return tuple((k, str(v)) for k, v in sorted(params.items()) if isinstance(v, _PLAIN) or k == "dimension_numbers")
