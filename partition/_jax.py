@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
@@ -206,6 +207,11 @@ def read(jaxpr: Any, roles: Sequence[tuple[Role, str]], sizes: Mapping[str, Any]
     reader = _Reader(sizes)
     graph = reader.graph(jaxpr, roles)
     return Lowered(graph=graph, eqns=reader.eqns, callers=reader.callers, avals=reader.avals, values=reader.values)
+
+
+def symbolic(tree: Any) -> list[Any]:
+    """The symbolic dimensions of all leaves of a pytree."""
+    return [n for leaf in jax.tree_util.tree_leaves(tree) for n in getattr(leaf, "shape", ()) if jax.export.is_symbolic_dim(n)]
 
 
 def source(eqn: Any, caller: Any = None) -> str:

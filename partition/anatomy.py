@@ -126,6 +126,9 @@ def _weights(graph: Graph) -> set[int]:
     return found
 
 
+_SCALES = ("mul", "div", "add", "sub", "convert_element_type", "broadcast_in_dim")
+
+
 class _Level:
     """One level of a program: who makes and who reads each tensor."""
 
@@ -169,6 +172,16 @@ class _Level:
             return [r for t in op.outputs for r in self.readers.get(t, ())]
 
         return _walk(after(op), lambda r: [] if self.looks_up(r) or (self.residual(r) and not residuals) else after(r))
+
+    def scaled(self, op: Op) -> Iterator[Op]:
+        """What a norm's factor is multiplied with, and then with weights, up to a contraction or a residual."""
+        made = list(op.outputs)
+        for n, t in enumerate(made):
+            for r in self.readers.get(t, ()):
+                others = [i for i in r.inputs if i != t and i not in self.weighty and self.tensors[i].role is Role.ACTIVATION]
+                if r.primitive in _SCALES and not self.residual(r) and (not others or n < len(op.outputs)):
+                    yield r
+                    made += [o for o in r.outputs if o not in made]
 
     def behind(self, op: Op, operand: int) -> Iterable[Op]:
         """Ops that make an operand, and go back through those that are no contraction and no residual."""
@@ -227,6 +240,7 @@ def _routing(g: _Level, plain: Sequence[Op], kind: _Parts) -> None:
             continue
         chooser = next((r for r in g.ahead(op) if discretises(r, g.tensors) and r.primitive in ("top_k", "argmax", "sort", "approx_top_k")), None)
         if chooser is not None and chooser.id in g.leads:
+            kind.say(chooser.id, Kind.ROUTER, f"it chooses among the results of op {op.id}")
             kind.say(op.id, Kind.ROUTER, f"{chooser.primitive} op {chooser.id} chooses among its results, and contractions follow")
             for r in g.ahead(chooser):
                 if r.id not in kind and r.primitive == "dot_general" and any(len(g.tensors[t].shape) > 2 for t in r.inputs if t in g.weighty):
@@ -279,6 +293,8 @@ def _others(g: _Level, level: Graph, skip: set[int], kind: _Parts) -> None:
             kind.say(op.id, Kind.SAMPLING, "it follows the head")
         elif op.primitive in ("rsqrt", "sqrt") and any(m.primitive == "reduce_sum" for m in g.behind(op, op.inputs[0])):
             kind.say(op.id, Kind.NORM, "the root of a sum")
+            for r in g.scaled(op):
+                kind.say(r.id, Kind.NORM, f"it scales by op {op.id}")
     _spread(g, level, skip, kind)
 
 
@@ -292,16 +308,30 @@ def _is_state(g: _Level, op: Op) -> bool:
     return buffer not in g.maker
 
 
+_RANK = {kind: n for n, kind in enumerate((Kind.ATTENTION, Kind.RECURRENT, Kind.ROUTER, Kind.EXPERTS, Kind.MLP, Kind.HEAD, Kind.SAMPLING, Kind.EMBEDDING, Kind.NORM, Kind.STATE, Kind.OTHER))}  # fmt: skip
+"""Which part an op goes with that stands between several."""
+
+
 def _spread(g: _Level, level: Graph, skip: set[int], kind: _Parts) -> None:
-    """Give every op left the kind of its first reader that has one, backwards; then of its maker, forwards."""
-    for op in reversed(level.ops):
-        if op.id in kind or op.id in skip:
-            continue
-        found = [r.id for t in op.outputs for r in g.readers.get(t, ()) if r.id in kind]
-        if found:
-            kind.say(op.id, kind[found[0]], f"it feeds op {found[0]}", 0.6)
-    for op in level.ops:
-        if op.id not in kind and op.id not in skip:
-            found = [g.maker[t].id for t in op.inputs if t in g.maker and g.maker[t].id in kind]
-            if found:
-                kind.say(op.id, kind[found[0]], f"it comes of op {found[0]}", 0.6)
+    """Give every op left the part of what reads it; where that is a residual or a state, of what makes it."""
+    ops = [op for op in level.ops if op.id not in skip]
+
+    def told(found: Iterable[Op], but: Kind | None = None) -> int | None:
+        ranked = [(_RANK[kind[op.id]], op.id) for op in found if op.id in kind and kind[op.id] is not but]
+        return min(ranked)[1] if ranked else None
+
+    def readers(op: Op) -> list[Op]:
+        return [r for t in op.outputs for r in g.readers.get(t, ())]
+
+    for op in reversed(ops):
+        ahead = readers(op)
+        stays = op.id in kind.residuals or any(r.id in kind.residuals for r in ahead)
+        if op.id not in kind and not stays and (n := told(ahead, but=Kind.STATE)) is not None:
+            kind.say(op.id, kind[n], f"it feeds op {n}", 0.6)
+    for op in (o for o in ops if o.id not in kind):
+        makers = [g.maker[t] for t in op.inputs if t in g.maker]
+        if (n := told(m for m in makers if not {op.id, m.id} <= kind.residuals)) is not None:
+            kind.say(op.id, kind[n], f"it comes of op {n}", 0.6)
+    for op in (o for o in reversed(ops) if o.id not in kind):
+        if (n := told(readers(op))) is not None:
+            kind.say(op.id, kind[n], f"it feeds op {n}", 0.6)

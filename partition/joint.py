@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partition import _jax
+from partition import _jax, symbols
 from partition.errors import TraceError, told
 from partition.graph import Role
 
@@ -201,7 +201,8 @@ def _flat(fn: Callable[..., Any], args: tuple[Any, ...], what: str) -> _Flat:
     except Exception as error:
         raise TraceError(f"{what} cannot be traced: {told(error)}", where=f"trace({what}=...)",
                          mend="it must be traceable by jax.make_jaxpr with these arguments") from error  # fmt: skip
-    graph = _jax.read(jaxpr, [(Role.INPUT, "")] * len(paths)).graph
+    sizes = symbols.stand_ins(_jax.symbolic([leaf for _, leaf in paths]))
+    graph = _jax.read(jaxpr, [(Role.INPUT, "")] * len(paths), sizes).graph
     same = {o: graph.inputs.index(t) for o, t in enumerate(graph.outputs) if t in graph.inputs}
     return _Flat(fn=lambda given: call(*given), leaves=[leaf for _, leaf in paths], ins=[_leaf(path, leaf) for path, leaf in paths],
                  outs=[_leaf(path, leaf) for path, leaf in zip(found, [v.aval for v in _jax.body_of(jaxpr).outvars], strict=True)], same=same)  # fmt: skip

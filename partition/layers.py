@@ -18,6 +18,7 @@ from typing import Any
 from partition.graph import Graph, Op, Tensor, bodies, roots
 from partition.loops import CONTRACTIONS
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers:
     """of: op id -> the layers that it computes: one; several of an op in a scan over layers; none outside of any.
@@ -25,7 +26,7 @@ class Layers:
     counts: how many layers each region has. classes: of each region, the groups of layers that compute the same but for their weights.
     """
 
-    of: Mapping[int, tuple[int, ...]]
+    of: Mapping[int, tuple[int, ...]] = dataclasses.field(repr=False)
     counts: Mapping[str, int]
     classes: Mapping[str, tuple[tuple[int, ...], ...]]
 
@@ -116,11 +117,13 @@ class _Numbering:
         signs: dict[int, str] = {}
         for op in ops:
             before = list({maker[t].id: maker[t] for t in op.inputs if t in maker}.values())
-            h, r = map(max, zip((0, 0), *(self.depth[m.id] for m in before), strict=True))
+            h = r = 0
+            for m in before:
+                h, r = max(h, self.depth[m.id][0]), max(r, self.depth[m.id][1])
             if self.is_mark(op) or any(self.is_mark(o) for body in bodies(op) for o in body.walk()):
                 h, signs[op.id] = h + 1, str(self.sign(op))
             self.depth[op.id] = h, r + (op.id in self.marked.residuals)
-            makers[op.id] = sorted(before, key=lambda m: (self.depth[m.id], signs.get(m.id, "")))
+            makers[op.id] = sorted(before, key=lambda m: (self.depth[m.id], signs.get(m.id, ""))) if len(before) > 1 else before
         read = {m.id for before in makers.values() for m in before}
         found, done = [], set[int]()
         stack = sorted((op for op in ops if op.id not in read), key=lambda op: self.depth[op.id])

@@ -130,10 +130,13 @@ def trace(
     Raises TraceError, naming the user's line, when a callable cannot be traced, and the leaf that nothing feeds.
     """
     host_devices(DEFAULT_HOST_DEVICES)
-    given = functools.partial(trace, new_tokens=new_tokens, feed=feed, weights=weights, name=name)
-    again = None
-    if symbolic := _symbolic(args, prefill, decode):
-        again = lambda sizes: given(fn, *_sized(args, sizes), prefill=_sized(prefill, sizes), decode=_sized(decode, sizes))  # noqa: E731
+    given = (fn, args, prefill, decode)
+    symbolic = _jax.symbolic(given)
+
+    def again(sizes: Mapping[str, int]) -> Program:
+        fn, args, prefill, decode = _sized(given, sizes)
+        return trace(fn, *args, prefill=prefill, decode=decode, new_tokens=new_tokens, feed=feed, weights=weights, name=name)
+
     joint = None
     if fn is None or prefill is not None or decode is not None:
         if fn is not None or prefill is None or decode is None:
@@ -149,7 +152,9 @@ def trace(
         libraries = [os.path.dirname(m.__file__ or "") for m in (sys.modules.get("jax"), sys.modules.get("flax")) if m is not None]
         raise TraceError(
             f"{called} cannot be traced: {told(error)}", where=user_line(error, *libraries, contextlib.__file__),
-            mend="the function must be traceable by jax.make_jaxpr with these arguments: no Python branches on values, matching shapes",
+            mend='say which sizes are meant: jax.export.symbolic_shape(..., constraints=["<what was compared>"]); or give numbers'
+            if type(error).__name__ == "InconclusiveDimensionOperation"
+            else "the function must be traceable by jax.make_jaxpr with these arguments: no Python branches on values, matching shapes",
         ) from error
     seconds = time.perf_counter() - start
     if joint is not None:
@@ -166,12 +171,7 @@ def trace(
         name=called, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),
         in_avals=tuple(_jax.body_of(jaxpr).invars[i].aval for i in range(len(leaves))),
     )  # fmt: skip
-    return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint, sizes=sizes, again=again)
-
-
-def _symbolic(*given: Any) -> list[Any]:
-    """The symbolic dimensions of all leaves of what a caller gives."""
-    return [n for leaf in jax.tree_util.tree_leaves(given) for n in getattr(leaf, "shape", ()) if jax.export.is_symbolic_dim(n)]
+    return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint, sizes=sizes, again=again if symbolic else None)
 
 
 def _sized(given: Any, sizes: Mapping[str, int]) -> Any:
@@ -179,7 +179,7 @@ def _sized(given: Any, sizes: Mapping[str, int]) -> Any:
 
     def leaf(x: Any) -> Any:
         shape = tuple(symbols.value(n, sizes) if jax.export.is_symbolic_dim(n) else n for n in getattr(x, "shape", ()))
-        return jax.ShapeDtypeStruct(shape, x.dtype) if _symbolic(x) else x
+        return jax.ShapeDtypeStruct(shape, x.dtype) if _jax.symbolic(x) else x
 
     return jax.tree_util.tree_map(leaf, given)
 
