@@ -18,10 +18,8 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 
 from partition import symbols
-from partition.graph import Graph, Loop, Op, Role, Span, Tensor, Value, itemsize, reads, writes
+from partition.graph import OPAQUE, Graph, Loop, Op, Role, Span, Tensor, Value, itemsize, reads, writes
 
-OPAQUE = frozenset({"shard_map", "pallas_call", "ffi_call", "pure_callback", "custom_partitioning", "run_state", "custom_linear_solve"})
-"""Primitives that are never looked into to be cut."""
 _CALLEES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -105,7 +103,8 @@ class _Reader:
 
     def const(self, var: Any, value: Any) -> int:
         if id(value) not in self._consts:
-            self._consts[id(value)] = self.tensor(var.aval, Role.CONST, f"const{len(self._consts)}")
+            number = getattr(value, "shape", None) == () and not is_key(var.aval)
+            self._consts[id(value)] = self.tensor(var.aval, Role.CONST, str(np.asarray(value).item()) if number else f"const{len(self._consts)}")
             self.values[self._consts[id(value)]] = value
         return self._consts[id(value)]
 

@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from partition import _jax
 from partition.dispatch import Walk
 from partition.errors import ExecutionError, told
-from partition.graph import Value, bodies
+from partition.graph import OPAQUE, Value, bodies
 from partition.program import Program
 from partition.sharding import Layout, Split, layout
 from partition.stages import Stage, Stages
@@ -163,7 +163,7 @@ class Runner:
                 return jitted.lower(*[v.aval for v in inner.invars]).compile()
             except Exception as error:
                 inside = [o for op, _ in stage.items for o in (op, *(i for body in bodies(op) for i in body.walk()))]
-                ops = sorted({o.primitive for o in inside if o.primitive in _jax.OPAQUE})
+                ops = sorted({o.primitive for o in inside if o.primitive in OPAQUE})
                 if not ops:
                     raise
                 raise ExecutionError(f"stage {stage.id} cannot be compiled for CPU: {told(error)}", where=f"its opaque ops: {', '.join(ops)}",

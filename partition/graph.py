@@ -24,6 +24,9 @@ Span = tuple[int, int] | None
 Value = tuple[int, Span]
 """What passes between stages: a tensor; rows [start, stop) of a stacked one; or (b, b): a scan's carry after b iterations."""
 
+OPAQUE = frozenset({"shard_map", "pallas_call", "ffi_call", "pure_callback", "custom_partitioning", "run_state", "custom_linear_solve"})
+"""Primitives that are never looked into to be cut."""
+
 _BITS = {"bool": 8, "int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4, "bfloat16": 16, "float0": 0}
 
 
@@ -183,6 +186,27 @@ def operands(op: Op) -> Iterator[tuple[int, int]]:
         yield from zip(loop.cond.inputs[: loop.cond_consts], op.inputs, strict=False)
 
 
+def weights(graph: Graph) -> set[int]:
+    """The inputs that are weights; where no floats are among them, the float arrays that the program closes over."""
+    given = {t for t in graph.inputs if graph.tensors[t].role is Role.PARAM}
+    if any("float" in graph.tensors[t].dtype for t in given):
+        return given
+    return {t.id for t in graph.tensors if t.role is Role.CONST and t.shape and "float" in t.dtype}
+
+
+def entries(op: Op) -> Iterator[tuple[int, int]]:
+    """(tensor inside, tensor outside) for every operand of an op with bodies, what a carry starts from included."""
+    yield from operands(op)
+    if (loop := op.loop) is not None:
+        first = loop.cond_consts + loop.consts
+        for body, at in ((loop.body, loop.consts), (loop.cond, loop.cond_consts)):
+            if body is not None:
+                yield from zip(body.inputs[at : at + loop.carry], op.inputs[first : first + loop.carry], strict=True)
+    elif op.primitive != "cond":
+        for body in op.bodies:
+            yield from zip(body.inputs, op.inputs, strict=False)
+
+
 def roots(graph: Graph) -> dict[int, int]:
     """Tensor inside a body -> the tensor of the top level that it is, or is a slice of (loop constants and scanned operands)."""
     found: dict[int, int] = {}
@@ -202,7 +226,7 @@ def roots(graph: Graph) -> dict[int, int]:
 def trips_of(op: Op, outer: Mapping[int, Any]) -> int | None:
     """How often a loop op runs at most: a scan's length, or the bound of a while that counts up to it by one.
 
-    The condition must demand (alone or by `and`) that an integer carry, which the body raises by exactly one, is below a bound that
+    The condition must demand that an integer carry, which the body raises by exactly one, is below (at most, unlike) a bound that
     does not change. `outer` gives the values of literals and constants by tensor id. None where the structure does not tell.
     """
     loop = op.loop
@@ -214,29 +238,40 @@ def trips_of(op: Op, outer: Mapping[int, Any]) -> int | None:
     steady = set(cond.inputs[: loop.cond_consts])
     steady |= {t for t, i, o in zip(counters, body.inputs[loop.consts :], body.outputs, strict=True) if i == o}
     bounds = []
-    for test in _demanded(cond):
-        if test.primitive != "lt" or test.inputs[0] not in counters:
-            continue
-        n = counters.index(test.inputs[0])
+    for counter, relation, bound in _demanded(cond, counters):
+        n = counters.index(counter)
         step = body.producer.get(body.outputs[n])
         by_one = step is not None and step.primitive == "add" and {outer.get(t, t) for t in step.inputs} == {body.inputs[loop.consts + n], 1.0}
-        bound = test.inputs[1]
         stop = outer.get(bound, outer.get(given[bound]) if bound in steady else None)
-        start = outer.get(given[test.inputs[0]])
-        if by_one and start is not None and stop is not None and "int" in cond.tensors[test.inputs[0]].dtype:
-            bounds.append(max(0, math.ceil(float(stop) - float(start))))
+        start = outer.get(given[counter])
+        if by_one and start is not None and stop is not None and "int" in cond.tensors[counter].dtype:
+            bounds.append(max(0, math.ceil(float(stop) - float(start)) + (relation == "le")))
     return min(bounds, default=None)
 
 
-def _demanded(cond: Graph) -> list[Op]:
-    """The tests that a condition demands all of: what its output is, or is the `and` of."""
-    found, queue = [], [cond.outputs[0]]
+_MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "ne": "ne", "eq": "eq"}
+_DENIED = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "ne": "eq", "eq": "ne"}
+
+
+def _demanded(cond: Graph, counters: Sequence[int]) -> list[tuple[int, str, int]]:
+    """(counter, "lt", "le" or "ne", bound) of all that a condition demands, through `and`, `not` and a denied `or`."""
+    found = []
+    queue = [(cond.outputs[0], False)]
     while queue:
-        op = cond.producer.get(queue.pop())
-        if op is not None and op.primitive == "and":
-            queue += op.inputs
-        elif op is not None:
-            found.append(op)
+        t, denied = queue.pop()
+        op = cond.producer.get(t)
+        if op is None:
+            continue
+        if op.primitive == ("or" if denied else "and"):
+            queue += [(i, denied) for i in op.inputs]
+        elif op.primitive in ("not", "convert_element_type", "copy"):
+            queue.append((op.inputs[0], denied ^ (op.primitive == "not")))
+        elif op.primitive in _MIRRORED:
+            a, b = op.inputs
+            relation = _DENIED[op.primitive] if denied else op.primitive
+            for counter, bound, said in ((a, b, relation), (b, a, _MIRRORED[relation])):
+                if counter in counters and said in ("lt", "le", "ne"):
+                    found.append((counter, said, bound))
     return found
 
 

@@ -2,9 +2,10 @@
 
 An autoregressive loop feeds a *chosen* token back: a carry slot travels through a contraction and a discretiser (an op that makes
 integers or truth values of floats: argmax, top_k, sort, a comparison) back into itself. Layer scans carry floats round without
-choosing, chunk loops choose nothing, routers choose but do not feed the choice back. So the token loop is the outermost loop with an
-integer slot that comes back through a contraction and then a discretiser, or with a float slot (carried logits) that comes back
-through discretisers only. One forward sweep with integers as bit sets (bit = carry slot) keeps this near-linear.
+choosing, chunk loops choose nothing, routers choose but do not feed the choice back; integers that a cache is quantised to are used as
+numbers and not as ids. So the token loop is the outermost loop with an integer slot that comes back through a contraction and then a
+discretiser, and is looked up or compared in the body; or with a float slot (carried logits) that comes back through discretisers only.
+One forward sweep with integers as bit sets (bit = carry slot) keeps this near-linear.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from partition.errors import PhaseError
-from partition.graph import Graph, Op, Tensor, bodies
+from partition.graph import OPAQUE, Graph, Op, Tensor, bodies, entries
 
 if TYPE_CHECKING:
     from partition.program import Program
@@ -53,10 +54,31 @@ _DISCRETISERS = frozenset({"argmax", "argmin", "top_k", "sort", "approx_top_k", 
 
 
 def discretises(op: Op, tensors: Sequence[Tensor]) -> bool:
-    """Whether an op makes integers or truth values of floats by choosing."""
+    """Whether an op makes integers or truth values of floats by choosing; of an opaque op that makes them it is taken to choose."""
     makes = any(not _floating(tensors[t]) for t in op.outputs)
     reads_floats = any(_floating(tensors[t]) for t in op.inputs)
-    return makes and reads_floats and holds(op, _DISCRETISERS)
+    return makes and reads_floats and (op.primitive in OPAQUE or holds(op, _DISCRETISERS))
+
+
+_INDICES = {"gather": 1, "dynamic_slice": 1, "scatter": 1, "scatter-add": 1, "dynamic_update_slice": 2}
+"""Where the indices begin among the operands."""
+_COMPARED = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+
+
+def names(graph: Graph, slot: int) -> bool:
+    """Whether integers are used as ids: they (or integers made of them) index something, or are compared."""
+    ids = {slot}
+    for op in graph.ops:
+        if ids.isdisjoint(op.inputs):
+            continue
+        if op.primitive in _COMPARED or op.primitive in OPAQUE or not ids.isdisjoint(op.inputs[_INDICES.get(op.primitive, len(op.inputs)) :][: 1 if op.primitive.startswith("scatter") else None]):
+            return True
+        for inner, outer in entries(op):
+            body = next((b for b in bodies(op) if inner in b.inputs), None)
+            if outer in ids and body is not None and names(body, inner):
+                return True
+        ids.update(t for t in op.outputs if not _floating(graph.tensors[t]))
+    return False
 
 
 def feedback(body: Graph, slots: range) -> tuple[list[int], list[str]]:
@@ -88,7 +110,7 @@ def feedback(body: Graph, slots: range) -> tuple[list[int], list[str]]:
     for n, i in enumerate(slots):
         out, into = body.outputs[n], tensors[body.inputs[i]]
         bit = 1 << n
-        if not _floating(into) and chosen.get(out, 0) & bit:
+        if not _floating(into) and chosen.get(out, 0) & bit and (into.dtype == "bool" or names(body, into.id)):
             found.append(n)
             why.append(f"slot {n} ({into.dtype}{list(into.shape)}) comes back through a contraction and then a choice")
         elif _floating(into) and mixed.get(out, 0) & bit and not plain.get(out, 0) & bit:
@@ -164,10 +186,26 @@ def find_token_loop(program: Program, loop: int | None = None) -> tuple[Op | Non
 
 
 def batch_of(token_loop: Op) -> int:
-    """How many sequences a token loop serves: the size of the smallest slot with a shape that brings chosen tokens back, else 1."""
+    """How many sequences a token loop serves: the fewest values that a slot with a shape brings back, or writes in place, else 1."""
     loop = token_loop.loop
     assert loop is not None
     slots, _ = feedback(loop.body, range(loop.consts, loop.consts + loop.carry))
-    fed = [loop.body.tensors[loop.body.inputs[loop.consts + n]] for n in slots]
-    sizes = [math.prod(t.shape[:-1]) if _floating(t) else t.size for t in fed if t.shape]  # of carried logits, all but the vocabulary
-    return int(min(sizes)) if sizes else 1
+    sizes = []
+    for n in slots:
+        slot, out = loop.body.tensors[loop.body.inputs[loop.consts + n]], loop.body.outputs[n]
+        if slot.shape:
+            sizes.append(math.prod(slot.shape[:-1]) if _floating(slot) else slot.size)  # of carried logits, all but the vocabulary
+        sizes += [loop.body.tensors[t].size for t in written_by(loop.body, out)]
+    return int(min(sizes, default=1))
+
+
+def written_by(graph: Graph, out: int) -> list[int]:
+    """The values that are written in place into a tensor on this level, the last one first."""
+    found = []
+    while (op := graph.producer.get(out)) is not None:
+        if op.primitive.startswith(_WRITES):
+            found.append(op.inputs[1] if op.primitive == "dynamic_update_slice" else op.inputs[2])
+        elif op.primitive not in _REORDERS:
+            break
+        out = op.inputs[-1] if op.primitive == "select_n" else op.inputs[0]
+    return found

@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from partition.graph import Graph, Op, Role, Tensor
+from partition.graph import Graph, Op, Role, Tensor, weights
 from partition.loops import CONTRACTIONS, Finding, discretises, holds
 
 
@@ -29,7 +29,7 @@ class Passes:
 
 def passes(graph: Graph) -> Passes:
     """Find the phases of the ops of a program that has no token loop."""
-    moving = dependents(graph, Role.INPUT)
+    moving = dependents(graph, (t for t in graph.inputs if graph.tensors[t].role is Role.INPUT))
     if (share := trained(graph)) >= 0.5:
         why = f"{share:.0%} of the weights come back with another value of their own shape"
         return Passes(of={op.id: "none" for op in graph.ops}, batch=1, findings=(Finding(what="no phase of inference", why=why, confidence=0.9),))
@@ -54,9 +54,9 @@ def passes(graph: Graph) -> Passes:
     return Passes(of=of, batch=max(batches), findings=tuple(findings))
 
 
-def dependents(graph: Graph, role: Role) -> set[int]:
-    """Tensors of the top level that depend on an input of a role."""
-    found = {t for t in graph.inputs if graph.tensors[t].role is role}
+def dependents(graph: Graph, sources: Iterable[int]) -> set[int]:
+    """Tensors of the top level that depend on some others, those included."""
+    found = set(sources)
     for op in graph.ops:
         if not found.isdisjoint(op.inputs):
             found.update(op.outputs)
@@ -66,16 +66,16 @@ def dependents(graph: Graph, role: Role) -> set[int]:
 def trained(graph: Graph) -> float:
     """Which share of the float weights has a result of its own shape and dtype that an op made: new weights, or gradients."""
     tensors = graph.tensors
-    weights = [t for t in graph.inputs if tensors[t].role is Role.PARAM and "float" in tensors[t].dtype]
+    params = [t for t in graph.inputs if tensors[t].role is Role.PARAM and "float" in tensors[t].dtype]
     made = [(tensors[t].shape, tensors[t].dtype) for t in graph.outputs if t in graph.producer]
-    if len(weights) == 1:  # a coincidence of shapes is likely: the new weight must come straight from the old one
-        return float(any(weights[0] in graph.producer[t].inputs and _replaces(graph, t, weights[0]) for t in graph.outputs if t in graph.producer))
+    if len(params) == 1:  # a coincidence of shapes is likely: the new weight must come straight from the old one
+        return float(any(params[0] in graph.producer[t].inputs and _replaces(graph, t, params[0]) for t in graph.outputs if t in graph.producer))
     hits = 0
-    for t in weights:
+    for t in params:
         if (key := (tensors[t].shape, tensors[t].dtype)) in made:
             made.remove(key)
             hits += 1
-    return hits / len(weights) if weights else 0.0
+    return hits / len(params) if params else 0.0
 
 
 def _replaces(graph: Graph, new: int, old: int) -> bool:
@@ -90,12 +90,12 @@ def _replaces(graph: Graph, new: int, old: int) -> bool:
 def _unrolled(graph: Graph, moving: set[int]) -> Passes | None:
     """Tokens that are written one after the other without a loop; None where none is."""
     tensors: Sequence[Tensor] = graph.tensors
-    weighty = dependents(graph, Role.PARAM) - moving
+    weighty = dependents(graph, weights(graph)) - moving
     level: dict[int, int] = {}
     mixed: set[int] = set()  # came through a contraction
     chosen: dict[int, int] = {}  # was chosen at this level, and not looked up since
     tables: set[int] = set()
-    first: tuple[Op, int] | None = None
+    first: Op | None = None
     feeding: set[int] = set()  # chosen tokens on their way to the next look-up
     for op in graph.ops:
         at, choice = max((level.get(t, 0) for t in op.inputs), default=0), max((chosen.get(t, -1) for t in op.inputs), default=-1)
@@ -105,7 +105,7 @@ def _unrolled(graph: Graph, moving: set[int]) -> Passes | None:
         elif table is not None and choice >= 0 and table in tables:
             at = max(at, choice + 1)
             feeding.update(t for t in op.inputs if chosen.get(t, -1) >= 0)
-            first = first or (op, max((tensors[t].size for t in op.inputs if chosen.get(t, -1) >= 0), default=1))
+            first = first or op
         through = holds(op, CONTRACTIONS) or not mixed.isdisjoint(op.inputs)
         picks = through and discretises(op, tensors)
         for t in op.outputs:
@@ -129,8 +129,9 @@ def _unrolled(graph: Graph, moving: set[int]) -> Passes | None:
             continue
         after = not goes_on and all(chosen.get(t, -1) >= 0 for t in op.inputs if tensors[t].role is Role.ACTIVATION)
         of[op.id] = "none" if after else "decode" if on_the_way or max(level[t] for t in op.outputs) else "prefill"
-    why = f"a token that it chose is looked up again in the prompt's table {max(level.values())} times, first by op {first[0].id}"
-    return Passes(of=of, batch=int(first[1]), findings=(Finding(what="tokens are unrolled", why=why, confidence=0.9),))
+    why = f"a token that it chose is looked up again in the prompt's table {max(level.values())} times, first by op {first.id}"
+    batch = min((tensors[t].size for t in feeding if tensors[t].shape), default=1)
+    return Passes(of=of, batch=int(batch), findings=(Finding(what="tokens are unrolled", why=why, confidence=0.9),))
 
 
 def components(graph: Graph, moving: set[int]) -> list[list[Op]]:
@@ -159,7 +160,7 @@ def components(graph: Graph, moving: set[int]) -> list[list[Op]]:
 
 def _reads(graph: Graph, ops: Iterable[Op]) -> tuple[int, int, int]:
     """(tokens a sequence, sequences, tensors of state) of one pass, by the ids that it looks up and the state that it is given."""
-    tensors, weights = graph.tensors, dependents(graph, Role.PARAM)
+    tensors, weighty = graph.tensors, dependents(graph, weights(graph))
     inputs = {t for t in graph.inputs if tensors[t].role is Role.INPUT}
     used = {t for op in ops for t in op.inputs if t in inputs}
     made = [(tensors[t].shape, tensors[t].dtype) for op in ops for t in op.outputs if t in graph.outputs]
@@ -172,7 +173,7 @@ def _reads(graph: Graph, ops: Iterable[Op]) -> tuple[int, int, int]:
             return int(shape[-1]), int(math.prod(shape[:-1])), len(state)
         return (1, int(shape[0]), len(state)) if state else (int(shape[0]), 1, 0)
     for op in ops:
-        if op.primitive == "dot_general" and not weights.isdisjoint(op.inputs):
+        if op.primitive == "dot_general" and not weighty.isdisjoint(op.inputs):
             shape = max((tensors[t].shape for t in op.inputs if t not in graph.inputs or t in inputs), key=len, default=())
             if len(shape) > 2:
                 return int(shape[-2]), int(math.prod(shape[:-2])), len(state)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from partition.errors import NameUnknownError, PhaseError
-from partition.graph import Graph, Op, Role, bodies, roots, to_nx
+from partition.graph import Graph, Op, Role, bodies, roots, to_nx, weights
 from partition.loops import Finding, batch_of, find_token_loop, written
 from partition.passes import dependents, passes
 
@@ -150,7 +150,7 @@ def _around(graph: Graph, token_loop: Op) -> dict[int, Phase]:
     """The phases of ops that depend on inputs, before and after a token loop."""
     tensors, of = graph.tensors, {token_loop.id: Phase.DECODE}
     dynamic = {t for t in graph.inputs if tensors[t].role is Role.INPUT}
-    weighty = {t for t in graph.inputs if tensors[t].role is Role.PARAM}
+    weighty = weights(graph)
     after: set[int] = set()
     late: list[Op] = []  # ops that follow the loop
     for op in graph.ops:
@@ -199,7 +199,7 @@ def _by_need(graph: Graph, token_loop: Op | None, of: dict[int, Phase]) -> None:
     The state that a loop starts from is prefill's product, as far as it is made of weights: only the loop's constants need it as decode.
     """
     needs: dict[int, set[Phase | str]] = {}
-    weighty = dependents(graph, Role.PARAM)
+    weighty = dependents(graph, weights(graph))
     for op in reversed(graph.ops):
         if op.id not in of:
             wanted = {p for t in op.outputs for p in needs.get(t, ())}
@@ -247,5 +247,5 @@ def _loop_handoff(graph: Graph, token_loop: Op, of: Mapping[int, Phase]) -> tupl
 
 def is_weight(program: Program) -> frozenset[int]:
     """Tensor ids that are weights, or slices of weights inside a body."""
-    params = {t for t in program.graph.inputs if program.graph.tensors[t].role is Role.PARAM}
+    params = weights(program.graph)
     return frozenset(params | {inner for inner, outer in roots(program.graph).items() if outer in params})

@@ -11,16 +11,19 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.export
+import jax.numpy as jnp
 
 from partition import _jax, symbols
 from partition.errors import TraceError, told, user_line
 from partition.graph import Graph, Op, Role
+from partition.graph import weights as weights_of
 from partition.joint import Call, Joint, join
+from partition.loops import written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Program:
     @property
     def weight_bytes(self) -> float:
         """Bytes of all weights, each counted once."""
-        return float(sum(self.graph.tensors[t].nbytes for t in self.graph.inputs if self.graph.tensors[t].role is Role.PARAM))
+        return float(sum(self.graph.tensors[t].nbytes for t in weights_of(self.graph)))
 
     def source(self, op: Op | int) -> str:
         """Where the model's author wrote an op: "file:line (function)"."""
@@ -118,12 +121,13 @@ DEFAULT_HOST_DEVICES = 32
 
 def trace(
     fn: Callable[..., Any] | None = None, *args: Any, prefill: Call | None = None, decode: Call | Callable[..., Any] | None = None,
-    new_tokens: int = 32, feed: Callable[[Any, Any], tuple[Any, ...]] | None = None, weights: Collection[int] = (0,), name: str | None = None,
+    new_tokens: int = 32, feed: Callable[[Any, Any], tuple[Any, ...]] | None = None, weights: Collection[int] | None = None, name: str | None = None,
 ) -> Program:  # fmt: skip
     """Trace `fn(*args)` into a Program; or a request of two callables, `prefill=(fn, args), decode=(fn, args)`, or of one at two lengths.
 
     args are pytrees of arrays or `jax.ShapeDtypeStruct`s, or Flax NNX modules. `weights` are the positions of the arguments that hold
-    weights; the others are inputs. Two callables share their first argument, the weights; how decode's other arguments are found, and
+    weights, by default the first that holds floats; the others are inputs, and so is what comes back changed among the weights, a cache
+    that lies with them (unless most of them do: that is training). A function that closes over its weights needs none. Two callables share their first argument, the weights; how decode's other arguments are found, and
     what `feed` says instead, is told in `partition.joint`. The request then takes `program.args`.
     Shapes may hold the symbols of `jax.export.symbolic_shape`: the program can be tagged as it is, and planned `at` sizes for them.
     Before the first JAX backend starts, CPU host devices are asked for, so that stages can run in this process.
@@ -160,18 +164,46 @@ def trace(
     if joint is not None:
         known = list(zip(joint.paths, joint.weights, strict=True))
     else:
-        known = [(path, path[0].idx in weights) for path, _ in leaves]
+        known = [(path, path[0].idx in (_first_floats(args) if weights is None else weights)) for path, _ in leaves]
     roles = [(Role.PARAM if weight else Role.INPUT, _leaf_name(path, path[0].idx)) for path, weight in known]
     if effects := _jax.effects(jaxpr):
         raise TraceError(f"{called} has side effects that no stage can carry: {', '.join(sorted({name for name, _ in effects}))}", where=effects[0][1],
                          mend="remove callbacks with effects and ordered prints before planning; jax.debug.print without order may stay")  # fmt: skip
     sizes = symbols.stand_ins(symbolic)
     lowered = _jax.read(jaxpr, roles, sizes)
+    if joint is None:
+        _state_among_weights(lowered.graph, [path for path, _ in leaves], [path for path, _ in jax.tree_util.tree_leaves_with_path(out)])
     entry = Entry(
         name=called, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),
         in_avals=tuple(_jax.body_of(jaxpr).invars[i].aval for i in range(len(leaves))),
     )  # fmt: skip
     return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint, sizes=sizes, again=again if symbolic else None)
+
+
+def _first_floats(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """The position of the first argument that holds floats."""
+
+    def floats(leaf: Any) -> bool:
+        return jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), jnp.floating)
+
+    return next(((n,) for n, arg in enumerate(args) if any(map(floats, jax.tree_util.tree_leaves(arg)))), ())
+
+
+def _state_among_weights(graph: Graph, given: Sequence[Any], returned: Sequence[Any]) -> None:
+    """Make inputs of the weights that come back changed at the same place: a cache among the variables of a module."""
+    tensors: Any = graph.tensors
+    back: dict[int, bool] = {}  # such a weight -> whether it is written in place
+    params = [t for t in graph.inputs if tensors[t].role is Role.PARAM]
+    ends = [(t, tuple(jax.tree_util.keystr((k,)) for k in path)) for t, path in zip(graph.outputs, returned, strict=True)]
+    for t, path in zip(graph.inputs, given, strict=True):
+        place = tuple(jax.tree_util.keystr((k,)) for k in path[1:])
+        for out, end in ends if t in params and place else ():
+            same = (tensors[t].shape, tensors[t].dtype) == (tensors[out].shape, tensors[out].dtype) and out not in graph.inputs
+            if same and (end[-len(place) :] == place or (len(end) > 1 and place[-len(end) + 1 :] == end[1:])):
+                back[t] = written(graph, out, t)
+    few = len(back) < len(params) / 2
+    for t in (t for t, in_place in back.items() if in_place or few):
+        tensors[t] = dataclasses.replace(tensors[t], role=Role.INPUT)
 
 
 def _sized(given: Any, sizes: Mapping[str, int]) -> Any:

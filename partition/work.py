@@ -88,13 +88,17 @@ def work(
 
 
 def _literals(graph: Graph) -> dict[int, float]:
+    """The values of literals and of constants that are single numbers, and of what a level makes of them by conversion alone."""
     numbers = {}
     for t in graph.tensors:
-        if t.role is Role.LITERAL:
+        if t.role in (Role.LITERAL, Role.CONST):
             try:
                 numbers[t.id] = float(t.name)
             except ValueError:
                 continue  # a literal that is no number bounds no loop
+    for op in graph.ops:
+        if op.primitive in ("convert_element_type", "copy", "broadcast_in_dim") and op.inputs[0] in numbers and not graph.tensors[op.outputs[0]].shape:
+            numbers[op.outputs[0]] = numbers[op.inputs[0]]
     return numbers
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from partition.anatomy import Kind
-from partition.layers import repeats
+from partition.anatomy.layers import repeats
 from partition.loops import CONTRACTIONS
 from partition.phases import Phase, Phases, tag
 from partition.program import trace

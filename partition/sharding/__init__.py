@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from partition.graph import Graph, Op, Role, bodies, roots
+from partition.graph import Graph, Op, bodies, roots, weights
 from partition.sharding import handlers
 
 Split = handlers.Split
@@ -53,7 +53,7 @@ class _About:
     """What every pass asks of a program: roots of weights, who reads a tensor, which primitive makes it."""
 
     def __init__(self, graph: Graph):
-        params = {t for t in graph.inputs if graph.tensors[t].role is Role.PARAM}
+        params = weights(graph)
         self.root = {t: t for t in params} | {inner: r for inner, r in roots(graph).items() if r in params}
         self.users: dict[int, list[Op]] = {}
         self.makers: dict[int, str] = {}

@@ -15,7 +15,8 @@ import itertools
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from partition.graph import Graph, Op, Tensor, bodies, roots
+from partition.anatomy.levels import Weights
+from partition.graph import Graph, Op, Tensor, bodies
 from partition.loops import CONTRACTIONS
 
 
@@ -33,17 +34,18 @@ class Layers:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Marked:
-    """What `layers` needs to know, as ids of ops: those that mix positions, the recurrent ones of these; ops in no layer; residual additions."""
+    """What `layers` needs to know, as ids of ops: those that mix positions, the recurrent ones of these; experts; ops in no layer; residual additions."""
 
     mixers: Collection[int]
     recurrent: Collection[int]
+    experts: Collection[int]
     outside: Collection[int]
     residuals: Collection[int]
 
 
-def layers(graph: Graph, regions: Mapping[str, tuple[Graph, Collection[int]]], weighty: Collection[int], marked: Marked) -> Layers:
+def layers(graph: Graph, regions: Mapping[str, tuple[Graph, Collection[int]]], weights: Weights, marked: Marked) -> Layers:
     """Number the layers of each region: a level and the ids of ops that it leaves to another region."""
-    walk = _Numbering(graph, weighty, marked)
+    walk = _Numbering(graph, weights, marked)
     counts, classes = {}, {}
     for name, (level, skip) in regions.items():
         ops = [op for op in level.ops if op.id not in skip]
@@ -65,10 +67,8 @@ def _all(ops: Sequence[Op]) -> Iterator[Op]:
 class _Numbering:
     """Numbers layers level by level. number: op id -> its layer; reach: layer -> all layers that it stands for in a scan."""
 
-    def __init__(self, graph: Graph, weighty: Collection[int], marked: Marked):
-        self.tensors, self.weighty, self.marked = graph.tensors, weighty, marked
-        self.maker = {t: op for op in graph.walk() for t in op.outputs}
-        self.root = roots(graph)
+    def __init__(self, graph: Graph, weights: Weights, marked: Marked):
+        self.tensors, self.weights, self.marked = graph.tensors, weights, marked
         self.number: dict[int, int] = {}
         self.known: dict[Hashable, int] = {}
         self.reach: dict[int, tuple[int, ...]] = {}
@@ -80,7 +80,7 @@ class _Numbering:
 
     def level(self, ops: Sequence[Op]) -> None:
         """Number the contractions of a level and of what it holds."""
-        for group in _components(ops, self.weighty):
+        for group in _components(ops, self.weights):
             plain: list[Op] = []
             for op in self.ordered(group):
                 if op.loop is None and not op.bodies:
@@ -94,13 +94,15 @@ class _Numbering:
     def inner(self, op: Op) -> None:
         """Number what an op holds; a scan over stacked weights has its body's layers once a trip."""
         first = self.next
+        marks = [o for body in bodies(op) for o in body.walk() if self.is_mark(o)]
+        if all(o.id in self.marked.experts for o in marks):
+            return  # a loop over experts, inside of a layer
         for body in bodies(op):
             self.level(body.ops)
         loop = op.loop
-        if loop is None or loop.kind != "scan" or not loop.trips or not any(t in self.weighty for t in op.inputs[loop.consts + loop.carry :]):
+        if loop is None or not loop.trips or not self.weights.stacked(op):
             return
         if self.next == first and not any(o.id in self.number for o in loop.body.walk()):  # no mixer tells it, but a scan over weights is one
-            marks = [o for o in loop.body.ops if self.is_mark(o)]
             self.take(marks)
         count = self.next - first
         for n in range(first, self.next):
@@ -108,7 +110,7 @@ class _Numbering:
         self.next = first + count * loop.trips
 
     def is_mark(self, op: Op) -> bool:
-        return op.primitive in CONTRACTIONS and op.id not in self.marked.outside and any(t in self.weighty for t in op.inputs)
+        return op.primitive in CONTRACTIONS and op.id not in self.marked.outside and any(t in self.weights for t in op.inputs)
 
     def ordered(self, ops: Sequence[Op]) -> list[Op]:
         """The contractions with weights of a level, and the ops that hold some, each after those that it is made of, chain by chain."""
@@ -139,7 +141,7 @@ class _Numbering:
         return found
 
     def sign(self, op: Op) -> Hashable:
-        return (op.primitive, op.id in self.marked.mixers, *(self.tensors[t].shape for t in op.inputs if t in self.weighty))
+        return (op.primitive, op.id in self.marked.mixers, *(self.tensors[t].shape for t in op.inputs if t in self.weights))
 
     def units(self, marks: Sequence[Op]) -> None:
         """Number a run of contractions: the best repeat in it, then what lies before and after."""
@@ -171,25 +173,13 @@ class _Numbering:
 
     def take(self, marks: Sequence[Op]) -> None:
         """One layer: known by its weights, or a new one."""
-        keys = [self.key(t) for op in marks for t in op.inputs if t in self.weighty]
+        keys = [self.weights.key(t) for op in marks for t in op.inputs if t in self.weights]
         found = {self.known.get(k) for k in keys}
         number = found.pop() if len(found) == 1 else None
         if number is None:
             number, self.next = self.next, self.next + 1
         self.known.update(dict.fromkeys(keys, number))
         self.number.update((op.id, number) for op in marks)
-
-    def key(self, t: int) -> Hashable:
-        """A weight, by the argument that holds it and the slices that were taken of it."""
-        chain: list[Hashable] = []
-        while True:
-            t = self.root.get(t, t)
-            op = self.maker.get(t)
-            if op is None or not op.inputs or op.loop is not None or op.bodies:
-                return (t, *chain)
-            if op.primitive in ("slice", "dynamic_slice", "gather"):
-                chain.append((op.primitive, str(op.params.get("start_indices")), *(self.tensors[i].name for i in op.inputs[1:])))
-            t = op.inputs[0]
 
     def spread(self, ops: Sequence[Op]) -> None:
         """Give the ops between contractions a layer: of what they are made of up to the next residual, else of all that read them."""
@@ -212,9 +202,13 @@ class _Numbering:
                     self.number[op.id] = number
             for t in op.inputs:
                 readers.setdefault(t, set()).add(self.number.get(op.id))
+        for op in ops:  # a loop inside of a layer
+            if (own := self.number.get(op.id)) is not None:
+                for inner in (o for body in bodies(op) for o in body.walk()):
+                    self.number.setdefault(inner.id, own)
 
 
-def _components(ops: Sequence[Op], weighty: Collection[int]) -> list[list[Op]]:
+def _components(ops: Sequence[Op], weights: Weights) -> list[list[Op]]:
     """Groups of ops that activations join, in program order: two models side by side are two."""
     group: dict[int, int] = {}
     maker: dict[int, int] = {}
@@ -228,7 +222,7 @@ def _components(ops: Sequence[Op], weighty: Collection[int]) -> list[list[Op]]:
     for op in ops:
         group[op.id] = op.id
         for t in op.inputs:
-            if t in maker and t not in weighty:
+            if t in maker and t not in weights:
                 a, b = root(maker[t]), root(op.id)
                 group[max(a, b)] = min(a, b)
         maker.update(dict.fromkeys(op.outputs, op.id))
@@ -287,9 +281,9 @@ def _alike(graph: Graph, ops: Sequence[Op], walk: _Numbering) -> tuple[tuple[int
             continue
         own = []
         for t in op.inputs:
-            maker = walk.maker.get(t)
+            maker = walk.weights.maker.get(t)
             inner = maker is not None and walk.number.get(maker.id) == number
-            own.append(shape[maker.id] if inner and maker is not None and maker.id in shape else _look(graph.tensors[t], t in walk.weighty))
+            own.append(shape[maker.id] if inner and maker is not None and maker.id in shape else _look(graph.tensors[t], t in walk.weights))
         shape[op.id] = hash((op.primitive, _static(op.params), tuple(own), tuple(_look(graph.tensors[t], False) for t in op.outputs)))
         parts.setdefault(number, []).append(hash(shape[op.id]))
     groups: dict[tuple[int, ...], list[int]] = {}

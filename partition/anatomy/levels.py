@@ -1,0 +1,155 @@
+"""What the tellers of parts and layers ask of a program: its weights, and who makes and reads a tensor of one of its levels."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+
+from partition.graph import Graph, Op, Role, bodies, roots, weights
+from partition.loops import CONTRACTIONS, holds
+
+
+class Kind(enum.StrEnum):
+    """What part of a model an op is."""
+
+    ATTENTION = "attention"
+    MLP = "mlp"
+    ROUTER = "router"
+    EXPERTS = "experts"
+    RECURRENT = "recurrent"
+    NORM = "norm"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    SAMPLING = "sampling"
+    STATE = "state write"
+    OTHER = "other"
+
+
+class Weights:
+    """The tensors of every level that are weights, or made of weights and constants alone."""
+
+    def __init__(self, graph: Graph):
+        self.tensors, self.root = graph.tensors, roots(graph)
+        self.maker = {t: op for op in graph.walk() for t in op.outputs}
+        params = weights(graph)
+        self.all = params | {inner for inner, outer in self.root.items() if outer in params}
+        self._enter(graph)
+
+    def _enter(self, level: Graph) -> None:
+        for op in level.ops:
+            steady = all(t in self.all or level.tensors[t].role in (Role.CONST, Role.LITERAL) for t in op.inputs)
+            if steady and not self.all.isdisjoint(op.inputs) and op.loop is None:
+                self.all.update(op.outputs)
+            for body in bodies(op):
+                self._enter(body)
+
+    def __contains__(self, t: int) -> bool:
+        return t in self.all
+
+    def of(self, op: Op) -> list[int]:
+        """The weights that an op reads."""
+        return [t for t in op.inputs if t in self.all]
+
+    def key(self, t: int) -> Hashable:
+        """A weight, by the argument that holds it and the slices that were taken of it."""
+        chain: list[Hashable] = []
+        while True:
+            t = self.root.get(t, t)
+            op = self.maker.get(t)
+            if op is None or not op.inputs or op.loop is not None or op.bodies:
+                return (t, *chain)
+            if op.primitive in ("slice", "dynamic_slice", "gather"):
+                chain.append((op.primitive, str(op.params.get("start_indices")), *(self.tensors[i].name for i in op.inputs[1:])))
+            t = op.inputs[0]
+
+    def stacked(self, op: Op) -> bool:
+        """Whether an op is a scan over weights, a slice of them a trip."""
+        loop = op.loop
+        return loop is not None and loop.kind == "scan" and bool(loop.trips) and any(t in self.all for t in op.inputs[loop.consts + loop.carry :])
+
+
+def recurs(op: Op) -> bool:
+    """Whether an op is a scan that carries an array of floats from step to step without a contraction: a recurrence along a sequence."""
+    loop = op.loop
+    if loop is None or loop.kind != "scan" or len(op.inputs) == loop.consts + loop.carry or holds(op, CONTRACTIONS):
+        return False
+    carry = zip(loop.body.inputs[loop.consts : loop.consts + loop.carry], loop.body.outputs, strict=False)
+    return any(i != o and loop.body.tensors[i].shape and "float" in loop.body.tensors[i].dtype for i, o in carry)
+
+
+class Level:
+    """One level of a program: who makes and who reads each tensor. `stacked`: it is the body of a scan over weights."""
+
+    def __init__(self, level: Graph, weights: Weights, skip: Collection[int], *, stacked: bool = False):
+        self.graph, self.tensors, self.weights = level, level.tensors, weights
+        self.ops = [op for op in level.ops if op.id not in skip]  # the token loop is a level of its own
+        self.maker = {t: op for op in self.ops for t in op.outputs}
+        self.readers: dict[int, list[Op]] = {}
+        for op in self.ops:
+            for t in op.inputs:
+                self.readers.setdefault(t, []).append(op)
+        self.barriers = {op.id for op in self.ops if op.primitive in CONTRACTIONS or holds(op, CONTRACTIONS) or recurs(op)}
+        self.plain = [op for op in self.ops if op.primitive in CONTRACTIONS]
+        self.whole = not stacked and any(map(self.looks_up, self.ops))  # a pass over the model, from tokens to their successors
+
+    def looks_up(self, op: Op) -> bool:
+        """Whether an op looks rows up in a table of weights: tokens become embeddings, a new pass begins."""
+        return op.primitive == "gather" and op.inputs[0] in self.weights and len(self.tensors[op.inputs[0]].shape) == 2
+
+    def selects(self, op: Op) -> bool:
+        """Whether an op takes some of many matrices of weights: those of the experts that were chosen."""
+        return op.primitive in ("gather", "dynamic_slice") and op.inputs[0] in self.weights and len(self.tensors[op.inputs[0]].shape) > 2
+
+    def residual(self, op: Op) -> bool:
+        """Whether an op adds two activations of one shape, one of which is read elsewhere too: a residual stream goes on."""
+        if op.primitive != "add" or len(op.inputs) != 2 or self.weights.of(op):
+            return False
+        a, b = (self.tensors[t].shape for t in op.inputs)
+        return a == b and len(a) > 1 and any(len(self.readers.get(t, ())) > 1 or t not in self.maker for t in op.inputs)
+
+    @functools.cached_property
+    def leads(self) -> set[int]:
+        """Ops whose results reach a contraction (or floats that a part of the model hands on), before tokens are looked up anew."""
+        found: set[int] = set()
+        handed = set() if self.whole else {t for t in self.graph.outputs if "float" in self.tensors[t].dtype}
+        for op in reversed(self.ops):
+            readers = [r for t in op.outputs for r in self.readers.get(t, ()) if not self.looks_up(r)]
+            if not handed.isdisjoint(op.outputs) or any(r.id in self.barriers or r.id in found for r in readers):
+                found.add(op.id)
+        return found
+
+    @functools.cached_property
+    def depth(self) -> dict[int, int]:
+        """How many contractions lead to each op, itself included."""
+        found: dict[int, int] = {}
+        for op in self.ops:
+            found[op.id] = max((found[self.maker[t].id] for t in op.inputs if t in self.maker), default=0) + (op.id in self.barriers)
+        return found
+
+    def reads(self, op: Op) -> list[Op]:
+        """The ops that read what an op makes."""
+        return [r for t in op.outputs for r in self.readers.get(t, ())]
+
+    def ahead(self, op: Op, residuals: bool = False) -> Iterator[Op]:
+        """Ops that read what an op makes, and go on through those that are no contraction (nor, unless asked for, a residual)."""
+        return self._walk(self.reads(op), lambda r: [] if self.looks_up(r) or (self.residual(r) and not residuals) else self.reads(r))
+
+    def behind(self, *operands: int) -> Iterator[Op]:
+        """Ops that make some tensors, and go back through those that are no contraction and no residual."""
+
+        def before(tensors: Iterable[int]) -> list[Op]:
+            return [self.maker[t] for t in tensors if t in self.maker]
+
+        return self._walk(before(operands), lambda m: [] if self.residual(m) else before(m.inputs))
+
+    def _walk(self, first: Iterable[Op], onward: Callable[[Op], Iterable[Op]]) -> Iterator[Op]:
+        """Ops breadth first, each once; from a contraction the walk does not go on."""
+        seen, queue = set[int](), deque(first)
+        while queue:
+            op = queue.popleft()
+            if op.id not in seen:
+                seen.add(op.id)
+                yield op
+                queue.extend(() if op.id in self.barriers else onward(op))
