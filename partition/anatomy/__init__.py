@@ -15,7 +15,7 @@ from partition.anatomy.layers import Layers, Marked, layers
 from partition.anatomy.levels import Kind, Level, Weights
 from partition.anatomy.others import others
 from partition.anatomy.parts import MIXERS, Parts, contractions, leftover
-from partition.graph import Graph, Op, Role
+from partition.graph import Graph, Op, Role, entries
 from partition.loops import feedback, written
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def _span(numbers: Sequence[int]) -> str:
 def anatomy(phases: Phases) -> Anatomy:
     """Find the parts and the layers of a tagged program."""
     graph, loop = phases.program.graph, phases.token_loop
-    weights = Weights(graph)
-    parts = Parts(weights, _states(graph, loop))
+    weights = Weights(graph, _states(graph, loop))
+    parts = Parts(weights, _handed(loop))
     regions: dict[str, tuple[Graph, tuple[int, ...]]] = {"top": (graph, () if loop is None else (loop.id,))}
     if loop is not None and loop.loop is not None:
         regions["body"] = loop.loop.body, ()
@@ -76,7 +76,7 @@ def anatomy(phases: Phases) -> Anatomy:
 
 
 def _states(graph: Graph, token_loop: Op | None) -> set[int]:
-    """Tensors of any level that become a state of floats which is made anew for every token, not written in place."""
+    """Tensors of any level that are, or become, a state of floats which is made anew for every token, not written in place."""
     tensors, found = graph.tensors, set[int]()
 
     def down(level: Graph, t: int) -> None:
@@ -85,7 +85,10 @@ def _states(graph: Graph, token_loop: Op | None) -> set[int]:
             op = level.producer.get(t)
             if op is None or op.loop is None:
                 return
-            level, t = op.loop.body, op.loop.body.outputs[op.outputs.index(t)]
+            slot, level = op.outputs.index(t), op.loop.body
+            if slot < op.loop.carry:
+                found.add(level.inputs[op.loop.consts + slot])
+            t = level.outputs[slot]
 
     if token_loop is None or token_loop.loop is None:
         given = {(tensors[t].shape, tensors[t].dtype) for t in graph.inputs if tensors[t].role is Role.INPUT and tensors[t].shape and "float" in tensors[t].dtype}
@@ -98,6 +101,15 @@ def _states(graph: Graph, token_loop: Op | None) -> set[int]:
     for n in range(loop.carry):
         into, out = loop.body.inputs[loop.consts + n], loop.body.outputs[n]
         if n not in fed and into != out and "float" in tensors[into].dtype and not written(loop.body, out, into):
+            found.add(into)
             down(loop.body, out)
             down(graph, token_loop.inputs[loop.cond_consts + loop.consts + n])
+    return found
+
+
+def _handed(token_loop: Op | None) -> dict[int, list[int]]:
+    """Tensor that the token loop is given -> what it is called in the body."""
+    found: dict[int, list[int]] = {}
+    for inner, outer in entries(token_loop) if token_loop is not None else ():
+        found.setdefault(outer, []).append(inner)
     return found

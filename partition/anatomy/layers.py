@@ -49,6 +49,7 @@ def layers(graph: Graph, regions: Mapping[str, tuple[Graph, Collection[int]]], w
     counts, classes = {}, {}
     for name, (level, skip) in regions.items():
         ops = [op for op in level.ops if op.id not in skip]
+        walk.region = name
         walk.level(ops)
         walk.spread(ops)
         found = {n for op in _all(ops) for n in walk.layers_of(op)}
@@ -70,7 +71,8 @@ class _Numbering:
     def __init__(self, graph: Graph, weights: Weights, marked: Marked):
         self.tensors, self.weights, self.marked = graph.tensors, weights, marked
         self.number: dict[int, int] = {}
-        self.known: dict[Hashable, int] = {}
+        self.known: dict[Hashable, tuple[int, str]] = {}
+        self.region = ""
         self.reach: dict[int, tuple[int, ...]] = {}
         self.depth: dict[int, tuple[int, int]] = {}
         self.next = 0
@@ -83,49 +85,50 @@ class _Numbering:
         for group in _components(ops, self.weights):
             plain: list[Op] = []
             for op in self.ordered(group):
-                if op.loop is None and not op.bodies:
+                if not bodies(op):
                     plain.append(op)
-                else:
-                    self.units(plain)
-                    plain = []
-                    self.inner(op)
+                    continue
+                self.units(plain)
+                plain = []
+                self.inner(op)
             self.units(plain)
 
     def inner(self, op: Op) -> None:
-        """Number what an op holds; a scan over stacked weights has its body's layers once a trip."""
-        first = self.next
-        marks = [o for body in bodies(op) for o in body.walk() if self.is_mark(o)]
-        if all(o.id in self.marked.experts for o in marks):
-            return  # a loop over experts, inside of a layer
-        for body in bodies(op):
-            self.level(body.ops)
-        loop = op.loop
-        if loop is None or not loop.trips or not self.weights.stacked(op):
-            return
-        if self.next == first and not any(o.id in self.number for o in loop.body.walk()):  # no mixer tells it, but a scan over weights is one
+        """Number what a scan over stacked weights holds: its body's layers, once a trip."""
+        assert op.loop is not None and op.loop.trips is not None
+        first, body = self.next, op.loop.body
+        self.level(body.ops)
+        marks = [o for o in body.walk() if self.is_mark(o)]
+        if not any(o.id in self.number for o in marks):  # no mixer tells it, but a scan over weights is one
             self.take(marks)
         count = self.next - first
         for n in range(first, self.next):
-            self.reach[n] = tuple(x + count * i for i in range(loop.trips) for x in self.reach.get(n, (n,)))
-        self.next = first + count * loop.trips
+            self.reach[n] = tuple(x + count * i for i in range(op.loop.trips) for x in self.reach.get(n, (n,)))
+        self.next = first + count * op.loop.trips
 
     def is_mark(self, op: Op) -> bool:
         return op.primitive in CONTRACTIONS and op.id not in self.marked.outside and any(t in self.weights for t in op.inputs)
 
     def ordered(self, ops: Sequence[Op]) -> list[Op]:
-        """The contractions with weights of a level, and the ops that hold some, each after those that it is made of, chain by chain."""
+        """The contractions with weights of a level, and the scans over layers, each after those that it is made of, chain by chain.
+
+        What another loop or a branch holds stands where that does.
+        """
         maker = {t: op for op in ops for t in op.outputs}
         makers: dict[int, list[Op]] = {}
-        signs: dict[int, str] = {}
+        held: dict[int, list[Op]] = {}
         for op in ops:
             before = list({maker[t].id: maker[t] for t in op.inputs if t in maker}.values())
             h = r = 0
             for m in before:
                 h, r = max(h, self.depth[m.id][0]), max(r, self.depth[m.id][1])
-            if self.is_mark(op) or any(self.is_mark(o) for body in bodies(op) for o in body.walk()):
-                h, signs[op.id] = h + 1, str(self.sign(op))
+            held[op.id] = self.held(op)
+            for inner in held[op.id]:
+                a, b = self.depth.get(inner.id, (1, 0))
+                self.depth[inner.id] = (h + 1, r) if inner is op else (h + a, r + b)
+            h, r = (max([x, *(self.depth[i.id][n] for i in held[op.id])]) for n, x in enumerate((h, r)))
             self.depth[op.id] = h, r + (op.id in self.marked.residuals)
-            makers[op.id] = sorted(before, key=lambda m: (self.depth[m.id], signs.get(m.id, ""))) if len(before) > 1 else before
+            makers[op.id] = sorted(before, key=lambda m: (self.depth[m.id], str([self.sign(i) for i in held[m.id]]))) if len(before) > 1 else before
         read = {m.id for before in makers.values() for m in before}
         found, done = [], set[int]()
         stack = sorted((op for op in ops if op.id not in read), key=lambda op: self.depth[op.id])
@@ -135,10 +138,21 @@ class _Numbering:
                 stack += wanted
                 continue
             stack.pop()
-            if op.id not in done and op.id in signs:
-                found.append(op)
+            if op.id not in done:
+                found += held[op.id]
             done.add(op.id)
         return found
+
+    def held(self, op: Op) -> list[Op]:
+        """What an op has for the order: itself, where it is a contraction or a scan over layers; else what its bodies have."""
+        if self.is_mark(op):
+            return [op]
+        marks = [o for body in bodies(op) for o in body.walk() if self.is_mark(o)]
+        if not marks or all(o.id in self.marked.experts for o in marks):  # a loop over experts is inside of a layer
+            return []
+        if self.weights.stacked(op):
+            return [op]
+        return [o for body in bodies(op) for o in self.ordered(body.ops)]
 
     def sign(self, op: Op) -> Hashable:
         return (op.primitive, op.id in self.marked.mixers, *(self.tensors[t].shape for t in op.inputs if t in self.weights))
@@ -151,7 +165,8 @@ class _Numbering:
         mixes = [op.id in self.marked.mixers for op in marks]
         streams = len({r for _, r in depth}) > 1  # with a residual stream, a layer ends at an addition to it
         may_end = [a[0] < b[0] and (a[1] < b[1] or not streams) for a, b in itertools.pairwise(depth)]
-        first, period, count = repeats([self.sign(op) for op in marks], may_end, mixes)
+        steps = [tuple((x > y) - (x < y) for x, y in zip(a, b, strict=True)) for a, b in itertools.pairwise(depth)]
+        first, period, count = repeats([self.sign(op) for op in marks], may_end, mixes, steps)
         attends = all(mixes[first : first + period]) and all(op.id not in self.marked.recurrent for op in marks[first : first + period])
         if count < 2 or (attends and not all(mixes)):  # attention to itself and to an encoder are one layer, with what follows
             self.mixing(marks)
@@ -173,12 +188,12 @@ class _Numbering:
 
     def take(self, marks: Sequence[Op]) -> None:
         """One layer: known by its weights, or a new one."""
-        keys = [self.weights.key(t) for op in marks for t in op.inputs if t in self.weights]
-        found = {self.known.get(k) for k in keys}
-        number = found.pop() if len(found) == 1 else None
-        if number is None:
+        keys = [self.weights.key(t) for op in marks for t in self.weights.of(op)]
+        found = {self.known[k] for k in keys if k in self.known}
+        number, region = found.pop() if len(found) == 1 else (None, "")
+        if number is None or (region == self.region and not all(k in self.known for k in keys)):
             number, self.next = self.next, self.next + 1
-        self.known.update(dict.fromkeys(keys, number))
+        self.known.update((k, (number, self.region)) for k in keys if k not in self.known)
         self.number.update((op.id, number) for op in marks)
 
     def spread(self, ops: Sequence[Op]) -> None:
@@ -237,10 +252,10 @@ def _runs(mixes: Sequence[bool]) -> list[int]:
     return [n for n, is_mixer in enumerate(mixes) if is_mixer and (n == 0 or not mixes[n - 1])]
 
 
-def repeats(signs: Sequence[Hashable], may_end: Sequence[bool], mixes: Sequence[bool]) -> tuple[int, int, int]:
+def repeats(signs: Sequence[Hashable], may_end: Sequence[bool], mixes: Sequence[bool], steps: Sequence[Hashable] = ()) -> tuple[int, int, int]:
     """(first, period, count) of the repeat that covers most of a sequence; of equal ones the shortest period. O(n x period).
 
-    may_end: of each neighbouring pair, whether a layer may end between them. mixes: of each item, whether it mixes positions; where a
+    may_end: of each neighbouring pair, whether a layer may end between them; steps: what leads from one to the other. mixes: of each item, whether it mixes positions; where a
     repeat may begin in several places, it begins with a mixer, where it has the fewest runs of them.
     """
     best, size = (0, 1, 1 if signs else 0), 0
@@ -251,7 +266,7 @@ def repeats(signs: Sequence[Hashable], may_end: Sequence[bool], mixes: Sequence[
                 run += 1
                 continue
             if run >= period and (run + period) // period * period > size:
-                found = _aligned(i - run, i + period, period, may_end, mixes)
+                found = _aligned(i - run, i + period, period, may_end, mixes, steps)
                 if found is not None and found[1] * found[2] > size:
                     best, size = found, found[1] * found[2]
             run = 0
@@ -260,15 +275,17 @@ def repeats(signs: Sequence[Hashable], may_end: Sequence[bool], mixes: Sequence[
     return best
 
 
-def _aligned(begin: int, end: int, period: int, may_end: Sequence[bool], mixes: Sequence[bool]) -> tuple[int, int, int] | None:
-    """Where in a periodic stretch the repeats begin."""
-    found = []
+def _aligned(begin: int, end: int, period: int, may_end: Sequence[bool], mixes: Sequence[bool], steps: Sequence[Hashable]) -> tuple[int, int, int] | None:
+    """Where in a periodic stretch the repeats begin, and how many follow each other."""
+    best: tuple[int, int, bool, int] | None = None
     for first in range(begin, min(begin + period, end - 2 * period + 1)):
-        count = (end - first) // period
-        if all(may_end[first + k * period - 1] for k in range(1, count)):
-            unit = mixes[first : first + period]
-            found.append((-count, len(_runs(unit)), not unit[0] or unit[-1], first))
-    return (min(found)[3], period, -min(found)[0]) if found else None
+        unit, start, count = mixes[first : first + period], first, 1
+        for at in range(first + period, end - period + 1, period):
+            goes_on = may_end[at - 1] and steps[at : at + period - 1] == steps[at - period : at - 1]
+            start, count = (start, count + 1) if goes_on else (at, 1)
+            found = (-count, len(_runs(unit)), not unit[0] or unit[-1], start)
+            best = found if count > 1 and (best is None or found < best) else best
+    return None if best is None else (best[3], period, -best[0])
 
 
 def _alike(graph: Graph, ops: Sequence[Op], walk: _Numbering) -> tuple[tuple[int, ...], ...]:

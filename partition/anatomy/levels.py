@@ -28,10 +28,10 @@ class Kind(enum.StrEnum):
 
 
 class Weights:
-    """The tensors of every level that are weights, or made of weights and constants alone."""
+    """The tensors of every level that are weights, or made of weights and constants alone; and `states`, which a token hands to the next."""
 
-    def __init__(self, graph: Graph):
-        self.tensors, self.root = graph.tensors, roots(graph)
+    def __init__(self, graph: Graph, states: Collection[int]):
+        self.tensors, self.root, self.states = graph.tensors, roots(graph), frozenset(states)
         self.maker = {t: op for op in graph.walk() for t in op.outputs}
         params = weights(graph)
         self.all = params | {inner for inner, outer in self.root.items() if outer in params}
@@ -104,7 +104,7 @@ class Level:
 
     def residual(self, op: Op) -> bool:
         """Whether an op adds two activations of one shape, one of which is read elsewhere too: a residual stream goes on."""
-        if op.primitive != "add" or len(op.inputs) != 2 or self.weights.of(op):
+        if op.primitive != "add" or len(op.inputs) != 2 or self.weights.of(op) or not self.weights.states.isdisjoint((*op.inputs, *op.outputs)):
             return False
         a, b = (self.tensors[t].shape for t in op.inputs)
         return a == b and len(a) > 1 and any(len(self.readers.get(t, ())) > 1 or t not in self.maker for t in op.inputs)
@@ -118,6 +118,15 @@ class Level:
             readers = [r for t in op.outputs for r in self.readers.get(t, ()) if not self.looks_up(r)]
             if not handed.isdisjoint(op.outputs) or any(r.id in self.barriers or r.id in found for r in readers):
                 found.add(op.id)
+        return found
+
+    @functools.cached_property
+    def steady(self) -> set[int]:
+        """Tensors that are made of literals and constants alone."""
+        found = {t.id for t in self.tensors if t.role in (Role.LITERAL, Role.CONST)}
+        for op in self.ops:
+            if found.issuperset(op.inputs):
+                found.update(op.outputs)
         return found
 
     @functools.cached_property
@@ -135,6 +144,10 @@ class Level:
     def ahead(self, op: Op, residuals: bool = False) -> Iterator[Op]:
         """Ops that read what an op makes, and go on through those that are no contraction (nor, unless asked for, a residual)."""
         return self._walk(self.reads(op), lambda r: [] if self.looks_up(r) or (self.residual(r) and not residuals) else self.reads(r))
+
+    def onward(self, t: int) -> Iterator[Op]:
+        """Ops that read a tensor, and go on as `ahead` does."""
+        return self._walk(self.readers.get(t, []), lambda r: [] if self.looks_up(r) or self.residual(r) else self.reads(r))
 
     def behind(self, *operands: int) -> Iterator[Op]:
         """Ops that make some tensors, and go back through those that are no contraction and no residual."""

@@ -12,10 +12,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from partition.anatomy.levels import Kind, Level, Weights, recurs
-from partition.graph import Graph, Op, Role, bodies, entries
+from partition.graph import Graph, Op, bodies, entries
 from partition.loops import CONTRACTIONS, discretises
 
 _CHOOSERS = ("top_k", "argmax", "sort", "approx_top_k")
@@ -25,12 +25,13 @@ MIXERS = (Kind.ATTENTION, Kind.RECURRENT)
 class Parts(dict[int, Kind]):
     """What has been told so far: op id -> its part, with the reason; and the ops that add to the residual stream.
 
-    states: tensors that the next token takes as a state. routed: tensors made of a router's result alone. heads: weights of heads.
+    handed: tensor -> the tensors of the token loop that it becomes. routed: tensors made of a router's result alone. heads: weights of heads.
     """
 
-    def __init__(self, weights: Weights, states: Collection[int]):
+    def __init__(self, weights: Weights, handed: Mapping[int, Collection[int]]):
         super().__init__()
-        self.weights, self.states = weights, states
+        self.weights, self.handed = weights, handed
+        self.users: dict[int, set[Kind]] = {}
         self.why: dict[int, tuple[str, float]] = {}
         self.residuals: set[int] = set()
         self.routed: set[int] = set()
@@ -57,7 +58,9 @@ def contractions(g: Level, parts: Parts) -> Iterable[Level]:
     _heads(g, parts, known=False)
     _mixers(g, parts)
     _states(g, parts)
+    _handed(g, parts)
     _mixers(g, parts)
+    _uses(g, parts)
     yield g
 
 
@@ -82,7 +85,7 @@ def _routers(g: Level, parts: Parts) -> None:
             parts.routed.update(op.outputs)
     if parts.routed:
         for op in (o for o in g.ops if o.id not in g.barriers):
-            made = [t for t in op.inputs if g.tensors[t].role is Role.ACTIVATION and t not in g.weights and t in g.maker and g.maker[t].inputs]
+            made = [t for t in op.inputs if t not in g.weights and t not in g.steady]
             if not parts.routed.isdisjoint(op.inputs) and parts.routed.issuperset(made):
                 parts.routed.update(op.outputs)
 
@@ -176,9 +179,29 @@ def _mixers(g: Level, parts: Parts) -> None:
                 parts.say(op.id, parts[readers[0]], f"up to the next residual it feeds op {readers[0]} and its like alone")
 
 
+def _handed(g: Level, parts: Parts) -> None:
+    """What makes a value that the token loop takes into nothing but attention (or recurrences) is of them: keys and values of an encoder."""
+    for t in (t for t in parts.handed if t in g.maker):
+        kinds = set[Kind]().union(*(parts.users.get(inner, set()) for inner in parts.handed[t]))
+        if len(kinds) == 1 and (kind := kinds.pop()) in MIXERS:
+            for op in g.behind(t):
+                if op.primitive in CONTRACTIONS:
+                    parts.say(op.id, kind, f"what it makes is taken by {kind} in the token loop")
+
+
+def _uses(g: Level, parts: Parts) -> None:
+    """Note, of what a level of the token loop is given, which parts take it."""
+    for t in g.graph.inputs:
+        found: set[Kind] = set()
+        for r in g.onward(t):
+            if r.id in g.barriers:
+                found |= {parts[r.id]} if r.id in parts else set().union(*(parts.users.get(i, set()) for i, o in entries(r)))
+        parts.users[t] = found
+
+
 def _states(g: Level, parts: Parts) -> None:
     """What makes a state that the next token takes, and what takes what that is made of, is recurrent."""
-    for state in (t for t in parts.states if t in g.maker):
+    for state in (t for t in sorted(g.weights.states) if t in g.maker):
         made = list(g.behind(state))
         makers = [op for op in made if op.id in g.barriers]
         for op in makers:
