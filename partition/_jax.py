@@ -138,6 +138,9 @@ class _Reader:
     def equations(self, inner: Any, env: dict[Any, int], ops: list[Op], scope: str) -> None:
         for eqn in inner.eqns:
             inputs = tuple([self.atom(env, a) for a in eqn.invars])
+            if eqn.primitive.name == "sharding_constraint":  # how a mesh of the author's was to hold it: the planner decides that
+                env[eqn.outvars[0]] = inputs[0]
+                continue
             here = self.scope(scope, eqn)
             if (callee := _callee(eqn)) is not None:
                 called = body_of(callee)
@@ -326,29 +329,55 @@ def _narrow(aval: Any) -> bool:
     return bool(jnp.issubdtype(aval.dtype, jnp.floating)) and aval.dtype.itemsize < 4
 
 
-_ENTERED = {"scan": "jaxpr", "while": "body_jaxpr", "cond": "branches", "jit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+_ENTERED = ("jaxpr", "body_jaxpr", "branches", "call_jaxpr", "fun_jaxpr")
+_UNENTERED = OPAQUE | {"custom_jvp_call", "custom_vjp_call"}
 
 
-def wide_sums(jaxpr: Any) -> Any:
-    """The same jaxpr, bodies included, with every contraction of narrow floats summed in float32 and rounded once at its end.
-
-    Where devices share a contraction, their partial sums then meet in float32, and the result is rounded as often as the uncut one.
-    """
+def _rewritten(jaxpr: Any, change: Callable[[Any], list[Any] | None]) -> Any:
+    """The same jaxpr, bodies included, with every equation as `change` gives it; None keeps it."""
     inner = body_of(jaxpr)
     eqns: list[Any] = []
     for eqn in inner.eqns:
-        if eqn.primitive.name == "dot_general" and _narrow(out := _aval(eqn.outvars[0])):
-            wide = jex.Var(jax.core.ShapedArray(out.shape, jnp.float32))
-            eqns.append(eqn.replace(outvars=[wide], params={**eqn.params, "preferred_element_type": jnp.dtype("float32")}))
-            rounding = {"new_dtype": out.dtype, "weak_type": False, "sharding": None}
-            eqns.append(eqn.replace(primitive=jax.lax.convert_element_type_p, invars=[wide], outvars=eqn.outvars, params=rounding))
+        if (new := change(eqn)) is not None:
+            eqns += new
             continue
-        if key := _ENTERED.get(eqn.primitive.name):
+        for key in (k for k in _ENTERED if k in eqn.params and eqn.primitive.name not in _UNENTERED):
             held = eqn.params[key]
-            eqn = eqn.replace(params={**eqn.params, key: tuple(map(wide_sums, held)) if isinstance(held, tuple) else wide_sums(held)})
+            entered = tuple(_rewritten(j, change) for j in held) if isinstance(held, tuple) else _rewritten(held, change)
+            eqn = eqn.replace(params={**eqn.params, key: entered})
         eqns.append(eqn)
     body = jex.Jaxpr(constvars=inner.constvars, invars=inner.invars, outvars=inner.outvars, eqns=eqns, effects=inner.effects, debug_info=inner.debug_info)
     return jex.ClosedJaxpr(body, consts_of(jaxpr)) if hasattr(jaxpr, "jaxpr") else body
+
+
+def _cast(eqn: Any, value: Any, dtype: Any) -> Any:
+    return eqn.replace(primitive=jax.lax.convert_element_type_p, invars=[value], outvars=eqn.outvars[:1], effects=set(),
+                       params={"new_dtype": dtype, "weak_type": False, "sharding": None})  # fmt: skip
+
+
+def wide_sums(jaxpr: Any) -> Any:
+    """The same jaxpr with every contraction of narrow floats summed in float32 and rounded once at its end.
+
+    Where devices share a contraction, their partial sums then meet in float32, and the result is rounded as often as the uncut one.
+    """
+
+    def change(eqn: Any) -> list[Any] | None:
+        if eqn.primitive.name != "dot_general" or not _narrow(out := _aval(eqn.outvars[0])):
+            return None
+        wide = jex.Var(jax.core.ShapedArray(out.shape, jnp.float32))
+        return [eqn.replace(outvars=[wide], params={**eqn.params, "preferred_element_type": jnp.dtype("float32")}), _cast(eqn, wide, out.dtype)]
+
+    return _rewritten(jaxpr, change)
+
+
+def unconstrained(jaxpr: Any) -> Any:
+    """The same jaxpr without its author's sharding constraints: they name devices of a mesh of the author's."""
+
+    def change(eqn: Any) -> list[Any] | None:
+        return [_cast(eqn, eqn.invars[0], _aval(eqn.outvars[0]).dtype)] if eqn.primitive.name == "sharding_constraint" else None
+
+    constrained = "sharding_constraint" in str(jaxpr)
+    return _rewritten(jaxpr, change) if constrained else jaxpr
 
 
 def check(jaxpr: Any) -> None:

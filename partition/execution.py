@@ -155,7 +155,8 @@ class Runner:
 
     def _build(self, stage: Stage, inner: Any, ins: Sequence[NamedSharding], outs: Sequence[NamedSharding]) -> Callable[..., Any]:
         shared = self.meshes[stage.mesh].size > 1
-        fn = _jax.as_function(_jax.wide_sums(stage.jaxpr) if shared else stage.jaxpr)
+        own = _jax.unconstrained(stage.jaxpr)
+        fn = _jax.as_function(_jax.wide_sums(own) if shared else own)
         jitted = jax.jit(fn, in_shardings=tuple(ins), out_shardings=list(outs), donate_argnums=stage.donated, compiler_options=self.options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Some donated buffers were not usable")

@@ -5,8 +5,10 @@ The request reads the prompt, then runs a scan of decode steps. What a step take
 - a leaf that stands at the same place in what prefill returns, with the same shape and dtype, is state: each step hands it on;
 - a leaf that stands at the same place in what prefill takes is a weight or another input of both;
 - a PRNG key that nobody returns is an input of its own;
-- the first integer leaf that is left is the token: the likeliest by the logits, the only floats that nobody takes;
-- an integer leaf after it is the position: the prompt's length, then one more a step.
+- of the integer leaves that are left, the one that is looked up in the largest table is the token: the likeliest by the logits, the
+  only floats that nobody takes;
+- the other is the position: what the caller gave for it, if that is more than 0; else the number of places that prefill writes in the
+  state that decode writes one of a step, or the prompt's length; then one more a step.
 
 Where this does not hold, `feed(out, i)` says what step i takes after the weights. A Flax NNX module among the arguments is split into
 its variables, and what the call changed in them is state.
@@ -26,7 +28,8 @@ import numpy as np
 
 from partition import _jax, symbols
 from partition.errors import TraceError, told
-from partition.graph import Role
+from partition.graph import Graph, Role
+from partition.loops import looked_up, places
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 """A callable and its arguments: pytrees of arrays or shapes, or NNX modules."""
@@ -87,6 +90,7 @@ class _Flat:
     ins: list[_Leaf]
     outs: list[_Leaf]
     same: Mapping[int, int]
+    graph: Graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,7 @@ def join(prefill: Call, decode: Call | Callable[..., Any], *, new_tokens: int, f
         return _fed(fn, args, decode[0] if isinstance(decode, tuple) else decode, new_tokens, feed)
     first, step = _flat(fn, args, "prefill"), _flat(*_pair(decode, "decode"), "decode")
     match = _match(first, step)
+    _hold_apart(first, step, match)
     return _request(first, step, match, new_tokens)
 
 
@@ -122,7 +127,7 @@ def _request(first: _Flat, step: _Flat, match: _Match, new_tokens: int) -> Joint
     """The request that a match describes, as a function of prefill's leaves and of those that decode alone takes."""
     joined = ({a for a, _ in match.carried.values()} | set(match.steady.values()), {b for _, b in match.carried.values()} | set(step.same))
     logits = (-1, -1) if match.token is None else (_logits(first, joined[0]), _logits(step, joined[1]))
-    start = max((leaf.aval.shape[-1] for leaf in first.ins if leaf.integral and leaf.aval.shape), default=0)
+    start, counted = (0, "") if match.position is None else _start(first, step, match)
 
     def rest(call: _Flat, out: Sequence[Any], which: int) -> list[Any]:
         return [x for n, x in enumerate(out) if n not in joined[which] and n not in call.same]
@@ -142,7 +147,7 @@ def _request(first: _Flat, step: _Flat, match: _Match, new_tokens: int) -> Joint
                 moving[match.token] = token
             if match.position is not None:
                 aval = step.ins[match.position].aval
-                moving[match.position] = jnp.broadcast_to((start + i).astype(aval.dtype), aval.shape)
+                moving[match.position] = jnp.broadcast_to(jnp.asarray(start + i, aval.dtype), aval.shape)
             out = step.fn([moving[n] for n in range(len(step.ins))])
             token = choose(out, 1)
             return ({n: out[b] for n, (_, b) in match.carried.items()}, token), (token, rest(step, out, 1))
@@ -155,7 +160,7 @@ def _request(first: _Flat, step: _Flat, match: _Match, new_tokens: int) -> Joint
     weights = [leaf.keys[0] == "[0]" and leaf.name not in replaced for leaf in first.ins]
     how = _told("is", {n: a for n, (a, _) in match.carried.items()}, first, step) + _told("stays", match.steady, first, step)
     how += [f"decode's {step.ins[match.token]} is chosen by {first.outs[logits[0]]}"] if match.token is not None else []
-    how += [f"decode's {step.ins[match.position]} counts on from {start}"] if match.position is not None else []
+    how += [f"decode's {step.ins[match.position]} counts on from {np.array2string(np.asarray(start)) if isinstance(start, np.ndarray) else start}, {counted}"] if match.position is not None else []
     return Joint(fn=request, args=(*first.leaves, *(step.leaves[i] for i in match.own)), trips=new_tokens - 1, how=tuple(how),
                  paths=(*(leaf.path for leaf in first.ins), *(step.ins[i].path for i in match.own)),
                  weights=(*weights, *(step.ins[i].keys[0] == "[0]" for i in match.own)))  # fmt: skip
@@ -205,7 +210,8 @@ def _flat(fn: Callable[..., Any], args: tuple[Any, ...], what: str) -> _Flat:
     graph = _jax.read(jaxpr, [(Role.INPUT, "")] * len(paths), sizes).graph
     same = {o: graph.inputs.index(t) for o, t in enumerate(graph.outputs) if t in graph.inputs}
     return _Flat(fn=lambda given: call(*given), leaves=[leaf for _, leaf in paths], ins=[_leaf(path, leaf) for path, leaf in paths],
-                 outs=[_leaf(path, leaf) for path, leaf in zip(found, [v.aval for v in _jax.body_of(jaxpr).outvars], strict=True)], same=same)  # fmt: skip
+                 outs=[_leaf(path, leaf) for path, leaf in zip(found, [v.aval for v in _jax.body_of(jaxpr).outvars], strict=True)], same=same,
+                 graph=graph)  # fmt: skip
 
 
 def _leaf(path: Any, leaf: Any) -> _Leaf:
@@ -239,7 +245,8 @@ def _match(first: _Flat, step: _Flat) -> _Match:
             own.append(n)
         else:
             left.append(n)
-    tokens = sorted((n for n in left if step.ins[n].integral), key=lambda n: step.ins[n].aval.shape == ())  # beside a batch, a scalar is the position
+    rows = {n: looked_up(step.graph, step.graph.inputs[n]) for n in left if step.ins[n].integral}
+    tokens = sorted(rows, key=lambda n: (-rows[n], step.ins[n].aval.shape == ()))  # beside a batch, a scalar is the position
     for n in left:
         if n not in tokens[:2]:
             raise _unfed(step.ins[n], first, step)
@@ -247,11 +254,38 @@ def _match(first: _Flat, step: _Flat) -> _Match:
     return _Match(carried=carried, steady=steady, shared=shared, own=tuple(own), token=token, position=position)
 
 
+def _start(first: _Flat, step: _Flat, match: _Match) -> tuple[Any, str]:
+    """The position of the first token that decode reads, and where it is known from."""
+    assert match.position is not None
+    given = step.leaves[match.position]
+    if (not isinstance(given, jax.ShapeDtypeStruct | jax.core.Tracer) and not hasattr(given, "aval")) or isinstance(given, jax.Array):
+        value = np.asarray(given)
+        if value.size and (value > 0).all():
+            return (int(value.flat[0]) if (value == value.flat[0]).all() else value), "as the caller gave it"
+    for n, (a, b) in match.carried.items():
+        into, out = step.graph.inputs[n], step.graph.outputs[b]
+        for axis in (x for x, size in enumerate(step.ins[n].aval.shape) if places(step.graph, out, x, into) == 1 and size != 1):
+            if (written := places(first.graph, first.graph.outputs[a], axis)) is not None and written > 1:
+                return written, f"the places that prefill writes in {first.outs[a].name}"
+    rows = {i: looked_up(first.graph, first.graph.inputs[i]) for i, leaf in enumerate(first.ins) if leaf.integral and leaf.aval.shape}
+    prompt = max(rows, key=lambda i: (rows[i], -i), default=None)
+    return (0, "there is no prompt") if prompt is None else (first.ins[prompt].aval.shape[-1], f"the length of prefill's {first.ins[prompt].name}")
+
+
 def _at(leaf: _Leaf, outs: Sequence[_Leaf], used: set[int]) -> int | None:
     """The result that stands at a leaf's place, in a tuple of results or as the only one, and is like it."""
     alike = [(i, out) for i, out in enumerate(outs) if i not in used and out.like(leaf)]
     found = [i for i, out in alike if out.place == leaf.place] + [i for i, out in alike if out.keys == leaf.place]
     return found[0] if found else None
+
+
+def _hold_apart(first: _Flat, step: _Flat, match: _Match) -> None:
+    """Raise TraceError where a result that was taken for a state might as well be the logits: alike, and both without a place of their own."""
+    for n, (a, _) in match.carried.items():
+        rivals = [out for i, out in enumerate(first.outs) if i not in {x for x, _ in match.carried.values()} and not step.ins[n].place and out.place == () and out.like(first.outs[a])]
+        if rivals and match.token is not None and not step.ins[n].integral:
+            raise TraceError(f"decode's argument {step.ins[n]} may be prefill's result {first.outs[a].name} or {rivals[0].name}: they look alike", where="trace(prefill=..., decode=...)",
+                             mend="say which: trace(..., feed=lambda out, i: (token, state, ...))")  # fmt: skip
 
 
 def _unfed(leaf: _Leaf, first: _Flat, step: _Flat) -> TraceError:

@@ -119,6 +119,49 @@ def feedback(body: Graph, slots: range) -> tuple[list[int], list[str]]:
     return found, why
 
 
+def looked_up(graph: Graph, slot: int) -> int:
+    """The rows of the largest table of floats that integers are looked up in, 0 for none."""
+    ids, rows = {slot}, 0
+    for op in graph.ops:
+        if ids.isdisjoint(op.inputs):
+            continue
+        table = graph.tensors[op.inputs[0]]
+        if op.primitive == "gather" and op.inputs[1] in ids and _floating(table) and len(table.shape) == 2:
+            rows = max(rows, int(table.shape[0]))
+        for body in bodies(op):
+            rows = max([rows, *(looked_up(body, inner) for inner, outer in entries(op) if outer in ids and inner in body.inputs)])
+        ids.update(t for t in op.outputs if not _floating(graph.tensors[t]))
+    return rows
+
+
+def places(graph: Graph, out: int, axis: int, into: int | None = None) -> int | None:
+    """How many places along an axis a tensor was written in, in place, since it was `into` (or made); None where that is not told."""
+    total = 0
+    while out != into:
+        op = graph.producer.get(out)
+        if op is None:
+            return total or None
+        tensors = graph.tensors
+        if op.primitive == "dynamic_update_slice":
+            total += int(tensors[op.inputs[1]].shape[axis])
+            out = op.inputs[0]
+        elif op.primitive == "pad":
+            return total + int(tensors[op.inputs[0]].shape[axis])
+        elif op.loop is not None and op.loop.kind == "scan" and op.outputs.index(out) >= op.loop.carry and axis > 0:
+            index, after = op.outputs.index(out), op.loop.consts + op.loop.carry
+            inner, slices = op.loop.body.outputs[index], op.loop.body.inputs[after:]
+            pair = next(((i, o) for i, o in zip(slices, op.inputs[after:], strict=True) if written(op.loop.body, inner, i)), (None, None))
+            inside = places(op.loop.body, inner, axis - 1, pair[0])
+            if inside is None or pair[1] is None:
+                return None if inside is None else total + inside
+            total, out = total + inside, pair[1]
+        elif op.primitive in _REORDERS - {"transpose", "reshape", "gather"} and op.inputs and tensors[op.inputs[0]].shape == tensors[out].shape:
+            out = op.inputs[-1] if op.primitive == "select_n" else op.inputs[0]
+        else:
+            return total or None
+    return total
+
+
 def written(graph: Graph, out: int, into: int) -> bool:
     """Whether tensor `out` is `into` with parts written in place (dynamic_update_slice, scatter), maybe inside a layer scan."""
     seen_write = False
@@ -147,22 +190,21 @@ def written(graph: Graph, out: int, into: int) -> bool:
     return seen_write
 
 
-def find_token_loop(program: Program, loop: int | None = None) -> tuple[Op | None, tuple[Finding, ...]]:
-    """The token loop of a program and the evidence; `loop` is the user's word and always wins.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLoops:
+    """The token loop of a program, None if it has none; the other loops of its level that feed a chosen token back; the evidence."""
 
-    Raises PhaseError, with the candidates, where more than one fits or it lies inside another loop.
+    op: Op | None
+    others: tuple[Op, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def find_token_loop(program: Program, loop: int | None = None) -> TokenLoops:
+    """Find the token loop; `loop` is the user's word and always wins. Of several on the top level (turns of a chat) it is the last.
+
+    Raises PhaseError, with the candidates, where it lies inside another loop or branch.
     """
     graph = program.graph
-    if loop is not None:
-        op = next((o for o in graph.ops if o.id == loop and o.loop is not None), None)
-        if op is None:
-            raise PhaseError(f"op {loop} is no loop of the top level", where=program.entry.name,
-                             mend="loops there: " + (", ".join(f"{o.id} ({o.primitive})" for o in graph.ops if o.loop) or "none"))  # fmt: skip
-        return op, (Finding(what=f"token loop is op {loop}", why="the caller says so", confidence=1.0),)
-    if program.joint is not None:  # the request was made here: its token loop is the last thing that it does
-        op = next(o for o in reversed(graph.ops) if o.loop is not None and o.loop.trips == program.joint.trips)
-        why = "; ".join(("it runs the decode callable once a token", *program.joint.how))
-        return op, (Finding(what=f"token loop is op {op.id} ({op.primitive})", why=why, confidence=1.0),)
     found: list[tuple[Op, list[str]]] = []
     nested: list[Op] = []
     top = {op.id for op in graph.ops}
@@ -173,16 +215,30 @@ def find_token_loop(program: Program, loop: int | None = None) -> tuple[Op | Non
             found.append((op, reasons))
         elif slots:
             nested.append(op)
-    if len(found) > 1:
-        raise PhaseError(f"{len(found)} loops feed a chosen token back", where=", ".join(f"op {o.id} at {program.source(o)}" for o, _ in found),
-                         mend="say which: tag(program, loop=<op id>)")  # fmt: skip
+    if loop is not None:
+        given = next((o for o in graph.ops if o.id == loop and o.loop is not None), None)
+        if given is None:
+            raise PhaseError(f"op {loop} is no loop of the top level", where=program.entry.name,
+                             mend="loops there: " + (", ".join(f"{o.id} ({o.primitive})" for o in graph.ops if o.loop) or "none"))  # fmt: skip
+        why, known = "the caller says so", any(o is given for o, _ in found)
+        return _loops(given, why if known else f"{why}; no token that it chooses comes back", 1.0, found)
+    if program.joint is not None:  # the request was made here: its token loop is the last thing that it does
+        op = next(o for o in reversed(graph.ops) if o.loop is not None and o.loop.trips == program.joint.trips)
+        return _loops(op, "; ".join(("it runs the decode callable once a token", *program.joint.how)), 1.0, found)
     if not found and nested:
-        raise PhaseError("the token loop lies inside another loop or branch", where=f"op {nested[0].id} at {program.source(nested[0])}",
+        raise PhaseError("the token loop lies inside another loop or branch", where="; ".join(f"op {o.id} at {program.source(o)}" for o in nested),
                          mend="trace the function that holds the token loop on its top level")  # fmt: skip
     if not found:
-        return None, ()
-    op, reasons = found[0]
-    return op, (Finding(what=f"token loop is op {op.id} ({op.primitive}) at {program.source(op)}", why="; ".join(reasons), confidence=0.9),)
+        return TokenLoops(op=None)
+    op, reasons = found[-1]
+    return _loops(op, f"at {program.source(op)}, {'; '.join(reasons)}", 0.9, found)
+
+
+def _loops(op: Op, why: str, confidence: float, found: Sequence[tuple[Op, list[str]]]) -> TokenLoops:
+    others = tuple(o for o, _ in found if o is not op)
+    findings = [Finding(what=f"token loop is op {op.id} ({op.primitive})", why=why, confidence=confidence)]
+    findings += [Finding(what=f"op {o.id} ({o.primitive}) is decode too", why=f"an earlier or later turn: {reasons[0]}", confidence=0.9) for o, reasons in found if o is not op]
+    return TokenLoops(op=op, others=others, findings=tuple(findings))
 
 
 def batch_of(token_loop: Op) -> int:

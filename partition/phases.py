@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from partition.errors import NameUnknownError, PhaseError
@@ -125,17 +125,24 @@ def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str,
     scope (an op in that scope or below it). Raises PhaseError, with the candidates, where the structure is ambiguous, and where
     phases given for ops contradict the order in which they run.
     """
+    if not hasattr(program, "graph"):
+        raise PhaseError(f"a {type(program).__name__} is no program", where="tag(...)", mend="trace it first: tag(trace(fn, *args))")
+    if phases is not None and not isinstance(phases, Mapping):
+        raise PhaseError(f"the phases given are a {type(phases).__name__}", where="tag(phases=...)", mend='give a dict: {<op id or scope>: "prefill" or "decode"}')
     graph = program.graph
-    token_loop, findings = find_token_loop(program, loop)
+    loops = find_token_loop(program, loop)
+    token_loop, findings = loops.op, loops.findings
     of: dict[int, Phase] = {}
     if token_loop is None:
         single = passes(graph)
         of, batch, findings = {n: Phase(p) for n, p in single.of.items()}, single.batch, single.findings
     else:
-        of, batch = _around(graph, token_loop), batch_of(token_loop)
+        of, batch = _around(graph, token_loop, loops.others), batch_of(token_loop)
     _by_need(graph, token_loop, of)
     given = _given(graph, phases or {})
     of.update(given)
+    if token_loop is not None and of[token_loop.id] is not Phase.DECODE:  # the caller says that it is none
+        token_loop, findings = None, ()
     for op in graph.ops:
         for inner in (o for body in bodies(op) for o in body.walk()):
             of[inner.id] = given.get(inner.id, of[op.id])
@@ -146,9 +153,9 @@ def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str,
     return Phases(program=program, of=of, loop=token_loop.id if token_loop else None, handoff=handoff, findings=findings, batch=batch)
 
 
-def _around(graph: Graph, token_loop: Op) -> dict[int, Phase]:
-    """The phases of ops that depend on inputs, before and after a token loop."""
-    tensors, of = graph.tensors, {token_loop.id: Phase.DECODE}
+def _around(graph: Graph, token_loop: Op, others: Sequence[Op]) -> dict[int, Phase]:
+    """The phases of ops that depend on inputs, before and after a token loop; other loops that choose tokens are decode as well."""
+    tensors, of = graph.tensors, dict.fromkeys((token_loop.id, *(o.id for o in others)), Phase.DECODE)
     dynamic = {t for t in graph.inputs if tensors[t].role is Role.INPUT}
     weighty = weights(graph)
     after: set[int] = set()
@@ -158,14 +165,14 @@ def _around(graph: Graph, token_loop: Op) -> dict[int, Phase]:
             after.update(op.outputs)
             late += [op] if op is not token_loop else []
         elif not dynamic.isdisjoint(op.inputs):
-            of[op.id] = Phase.PREFILL
+            of.setdefault(op.id, Phase.PREFILL)
             dynamic.update(op.outputs)
         elif not weighty.isdisjoint(op.inputs):
             weighty.update(op.outputs)  # a weight in another form
     reads: set[int] = set()  # tensors on whose way to an output a weight is still read
     for op in reversed(late):
         decode = not weighty.isdisjoint(op.inputs) or not reads.isdisjoint(op.outputs)
-        of[op.id] = Phase.DECODE if decode else Phase.NONE
+        of.setdefault(op.id, Phase.DECODE if decode else Phase.NONE)
         reads.update(op.inputs if decode else ())
     return of
 

@@ -164,7 +164,8 @@ def trace(
     if joint is not None:
         known = list(zip(joint.paths, joint.weights, strict=True))
     else:
-        known = [(path, path[0].idx in (_first_floats(args) if weights is None else weights)) for path, _ in leaves]
+        held = _first_floats(args) if weights is None else weights
+        known = [(path, path[0].idx in held) for path, _ in leaves]
     roles = [(Role.PARAM if weight else Role.INPUT, _leaf_name(path, path[0].idx)) for path, weight in known]
     if effects := _jax.effects(jaxpr):
         raise TraceError(f"{called} has side effects that no stage can carry: {', '.join(sorted({name for name, _ in effects}))}", where=effects[0][1],
@@ -193,12 +194,16 @@ def _state_among_weights(graph: Graph, given: Sequence[Any], returned: Sequence[
     """Make inputs of the weights that come back changed at the same place: a cache among the variables of a module."""
     tensors: Any = graph.tensors
     back: dict[int, bool] = {}  # such a weight -> whether it is written in place
-    params = [t for t in graph.inputs if tensors[t].role is Role.PARAM]
-    ends = [(t, tuple(jax.tree_util.keystr((k,)) for k in path)) for t, path in zip(graph.outputs, returned, strict=True)]
+    params = {t for t in graph.inputs if tensors[t].role is Role.PARAM}
+    ends: dict[str, list[tuple[tuple[str, ...], int]]] = {}
+    for out, path in zip(graph.outputs, returned, strict=True):
+        end = tuple(jax.tree_util.keystr((k,)) for k in path)
+        if end and out in graph.producer:
+            ends.setdefault(end[-1], []).append((end, out))
     for t, path in zip(graph.inputs, given, strict=True):
         place = tuple(jax.tree_util.keystr((k,)) for k in path[1:])
-        for out, end in ends if t in params and place else ():
-            same = (tensors[t].shape, tensors[t].dtype) == (tensors[out].shape, tensors[out].dtype) and out not in graph.inputs
+        for end, out in ends.get(place[-1], ()) if t in params and place else ():
+            same = (tensors[t].shape, tensors[t].dtype) == (tensors[out].shape, tensors[out].dtype)
             if same and (end[-len(place) :] == place or (len(end) > 1 and place[-len(end) + 1 :] == end[1:])):
                 back[t] = written(graph, out, t)
     few = len(back) < len(params) / 2

@@ -7,6 +7,7 @@ install for each. None of their source is here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,12 +18,15 @@ B, L, C, V = 2, 8, 16, 128  # batch, prompt, cache length, vocabulary
 TOKENS = np.random.default_rng(0).integers(3, V, (B, L)).astype(np.int32)
 TOKEN, POSITION = np.full((B, 1), 5, np.int32), np.int32(L)
 
-TRANSFORMERS, TUNIX, DANTINOX, GEMMA = "transformers==4.57.6", "google-tunix==0.1.7", "dantinox==0.4.14", "gemma==4.0.1 kauldron==1.4.4 (Python 3.13)"
+TRANSFORMERS, TUNIX, DANTINOX = "transformers==4.57.6", "google-tunix==0.1.7", "dantinox==0.4.14"
+GEMMA, MAXTEXT = "gemma==4.0.1 kauldron==1.4.4 (Python 3.13)", "maxtext==0.2.5 (Python 3.13)"
 NEEDS = {
     "hf_gpt2": TRANSFORMERS, "hf_gpt2_generate": TRANSFORMERS, "hf_gpt_neo": TRANSFORMERS, "hf_bloom": TRANSFORMERS, "hf_bart": TRANSFORMERS,
     "hf_whisper": TRANSFORMERS, "tunix_llama3": TUNIX, "tunix_qwen3_moe": TUNIX, "tunix_gemma3": TUNIX, "dantinox_mla_moe": DANTINOX,
-    "gemma3n": GEMMA,
+    "gemma3": GEMMA, "gemma3n": GEMMA, "gemma4": GEMMA, "gemma4_moe": GEMMA, "maxtext_llama": MAXTEXT, "maxtext_llama_scanned": MAXTEXT,
 }  # fmt: skip
+LAYERS = dict.fromkeys(NEEDS, 2) | dict.fromkeys(("gemma3", "gemma4", "gemma4_moe"), 4) | {"gemma3n": None}
+"""Layers that the token loop runs; None: not told right, several residual streams run side by side."""
 
 
 def positions(tokens: Any, start: Any = 0) -> Any:
@@ -175,18 +179,14 @@ def dantinox_mla_moe() -> dict[str, Any]:
     return pair(lambda w, t: step(w, t, ((None, None),) * model.num_blocks), step, w, TOKENS)
 
 
-# google-deepmind gemma: Linen; Gemma 3n shares caches between layers and has embeddings of its own in each ----------------
+# google-deepmind gemma: Linen ---------------------------------------------------------------------------------------------
+
+_GEMMA = {"num_embed": V, "embed_dim": 32, "hidden_dim": 64, "num_heads": 4, "head_dim": 8, "num_kv_heads": 1, "sliding_window_size": 6, "vision_encoder": None}
 
 
-def gemma3n() -> dict[str, Any]:
-    from gemma import gm
-
-    c = gm.nn.Gemma3n_E2B.config
-    sizes = {"num_embed": V, "embed_dim": 32, "hidden_dim": 64, "num_heads": 4, "head_dim": 8, "num_kv_heads": 1, "sliding_window_size": 6}
-    config = dataclasses.replace(c, **sizes, attention_types=c.attention_types[3:5] * 2, activation_sparsity_pattern=(0.95, 0.0, 0.0, 0.0),
-                                 per_layer_input_dim=8, laurel_rank=4, vision_encoder=None,
-                                 kv_cache_sharing_config=dataclasses.replace(c.kv_cache_sharing_config, frac_shared_layers=0.5))  # fmt: skip
-    model = gm.nn.Gemma3n_E2B(config=config, dtype=jnp.float32)
+def gemma(kind: Any, kinds_of_layers: slice = slice(4, 6), **more: Any) -> dict[str, Any]:
+    config = dataclasses.replace(kind.config, **_GEMMA, attention_types=kind.config.attention_types[kinds_of_layers] * 2, **more)
+    model = kind(config=config, dtype=jnp.float32)
     w = drawn(model.init(jax.random.key(0), TOKENS)["params"])
 
     def step(w: Any, tokens: Any, cache: Any, start: Any = 0) -> Any:
@@ -194,3 +194,72 @@ def gemma3n() -> dict[str, Any]:
         return out.logits, out.cache
 
     return pair(step, step, w, TOKENS, model.config.init_cache(batch_size=B, dtype=model.dtype, cache_length=C))
+
+
+def _half_shared(kind: Any) -> Any:
+    return dataclasses.replace(kind.config.kv_cache_sharing_config, frac_shared_layers=0.5)
+
+
+def gemma3() -> dict[str, Any]:
+    from gemma import gm
+
+    return gemma(gm.nn.Gemma3_1B)
+
+
+def gemma3n() -> dict[str, Any]:
+    """Layers that share caches, embeddings of their own in each, several residual streams."""
+    from gemma import gm
+
+    kind = gm.nn.Gemma3n_E2B
+    return gemma(kind, slice(3, 5), activation_sparsity_pattern=(0.95, 0.0, 0.0, 0.0), per_layer_input_dim=8, laurel_rank=4,
+                 kv_cache_sharing_config=_half_shared(kind))  # fmt: skip
+
+
+def gemma4() -> dict[str, Any]:
+    from gemma import gm
+
+    kind = gm.nn.Gemma4_E4B
+    return gemma(kind, audio_encoder=None, per_layer_input_dim=8, global_key_size=16, kv_cache_sharing_config=_half_shared(kind))
+
+
+def gemma4_moe() -> dict[str, Any]:
+    from gemma import gm
+
+    return gemma(gm.nn.Gemma4_26B_A4B, num_global_kv_heads=1, global_key_size=16, num_experts=4, top_k_experts=2, expert_dim=16, moe_dense_hidden_dim=32)
+
+
+# MaxText: NNX behind Linen's apply; a cache of the prompt and one of what is written ---------------------------------------
+
+
+def maxtext(**more: Any) -> dict[str, Any]:
+    import os
+
+    import maxtext as package
+    from flax.core import meta
+    from maxtext.configs import pyconfig
+    from maxtext.models import models
+    from maxtext.utils import maxtext_utils
+
+    sizes = {"vocab_size": V, "base_emb_dim": 32, "base_mlp_dim": 64, "base_num_decoder_layers": 2, "base_num_query_heads": 4, "base_num_kv_heads": 2, "head_dim": 8,
+             "max_prefill_predict_length": L, "max_target_length": C, "per_device_batch_size": B / len(jax.devices()), "dtype": "float32", "weight_dtype": "float32"}  # fmt: skip
+    where = {"run_name": "tiny", "attention": "dot_product", "enable_checkpointing": False, "skip_jax_distributed_system": True, "log_config": False}
+    config = pyconfig.initialize(["", os.path.join(os.path.dirname(package.__file__), "configs", "base.yml")], **sizes, **where, **more)
+    mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config, jax.devices()[:1]), config.mesh_axes)
+    model = models.transformer_as_linen(config, mesh, None)
+    made = meta.unbox(model.init(jax.random.key(0), TOKENS[:, :1], positions(TOKENS[:, :1]), enable_dropout=False, model_mode="autoregressive"))
+
+    def step(mode: str, w: Any, tokens: Any, cache: Any, start: Any = 0) -> Any:
+        live = {"decoder_segment_ids": jnp.ones_like(tokens)} if mode == "prefill" else {}
+        logits, new = model.apply({"params": w, "cache": cache}, tokens, positions(tokens, start), **live, enable_dropout=False, model_mode=mode,
+                                  rngs={"params": jax.random.key(0)}, mutable=["cache"])  # fmt: skip
+        return logits, meta.unbox(new["cache"])
+
+    return pair(functools.partial(step, "prefill"), functools.partial(step, "autoregressive"), drawn(made["params"]), TOKENS, made["cache"])
+
+
+def maxtext_llama() -> dict[str, Any]:
+    return maxtext(scan_layers=False)
+
+
+def maxtext_llama_scanned() -> dict[str, Any]:
+    return maxtext(scan_layers=True)

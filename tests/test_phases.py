@@ -178,18 +178,17 @@ def test_what_follows_the_loop_is_decode_while_weights_in_another_form_are_read(
     assert {o.primitive: phases.of[o.id] for o in program.graph.ops}["dot_general"] is Phase.DECODE
 
 
-def test_two_token_loops_are_refused_and_a_hint_decides() -> None:
+def test_two_token_loops_are_both_decode_and_the_last_is_cut_unless_the_caller_says() -> None:
     def fn(table: jax.Array, token: jax.Array) -> jax.Array:
         return tokens(table, tokens(table, token, 4)[0], 5)[1]
 
     program = trace(fn, TABLE, struct(dtype=jnp.int32))
     first, second = [o for o in program.graph.ops if o.loop]
-    with pytest.raises(PhaseError, match="2 loops feed") as caught:
-        tag(program)
-    assert f"op {first.id} at " in caught.value.where and f"op {second.id} at " in caught.value.where
-    assert "loop=" in caught.value.mend
-    phases = tag(program, loop=second.id)
-    assert phases.loop == second.id and phases.of[first.id] is Phase.PREFILL and "caller says so" in phases.how[0]
+    phases = tag(program)
+    assert phases.loop == second.id and phases.of[first.id] is Phase.DECODE
+    assert f"op {first.id} (scan) is decode too" in phases.how[1]
+    phases = tag(program, loop=first.id)
+    assert phases.loop == first.id and phases.of[second.id] is Phase.DECODE and "caller says so" in phases.how[0]
 
 
 def test_a_token_loop_inside_a_loop_is_refused() -> None:

@@ -69,7 +69,7 @@ def anatomy(phases: Phases) -> Anatomy:
         others(g, parts)
     for op in graph.walk():
         parts.say(op.id, Kind.OTHER, "no contraction is near", 0.6)
-    marked = Marked(mixers={op for op, k in parts.items() if k in MIXERS}, residuals=parts.residuals,
+    marked = Marked(mixers={op for op, k in parts.items() if k in MIXERS}, residuals=parts.residuals, lent=parts.lent,
                     recurrent={op for op, k in parts.items() if k is Kind.RECURRENT}, experts={op for op, k in parts.items() if k is Kind.EXPERTS},
                     outside={op for op, k in parts.items() if k in (Kind.HEAD, Kind.EMBEDDING, Kind.SAMPLING) and parts.why[op][1] > 0.6})  # fmt: skip
     return Anatomy(kind=dict(parts), why=parts.why, layers=layers(graph, regions, weights, marked))

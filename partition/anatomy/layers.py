@@ -16,7 +16,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from partition.anatomy.levels import Weights
-from partition.graph import Graph, Op, Tensor, bodies
+from partition.graph import Graph, Op, Tensor, bodies, entries
 from partition.loops import CONTRACTIONS
 
 
@@ -34,19 +34,23 @@ class Layers:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Marked:
-    """What `layers` needs to know, as ids of ops: those that mix positions, the recurrent ones of these; experts; ops in no layer; residual additions."""
+    """What `layers` needs to know, as ids of ops: those that mix positions, the recurrent ones of these; experts; ops in no layer; residuals.
+
+    lent: ops that make what layers of the token loop take -> what it is called there: they belong to those layers.
+    """
 
     mixers: Collection[int]
     recurrent: Collection[int]
     experts: Collection[int]
     outside: Collection[int]
     residuals: Collection[int]
+    lent: Mapping[int, Collection[int]]
 
 
 def layers(graph: Graph, regions: Mapping[str, tuple[Graph, Collection[int]]], weights: Weights, marked: Marked) -> Layers:
     """Number the layers of each region: a level and the ids of ops that it leaves to another region."""
     walk = _Numbering(graph, weights, marked)
-    counts, classes = {}, {}
+    counts = {}
     for name, (level, skip) in regions.items():
         ops = [op for op in level.ops if op.id not in skip]
         walk.region = name
@@ -54,7 +58,8 @@ def layers(graph: Graph, regions: Mapping[str, tuple[Graph, Collection[int]]], w
         walk.spread(ops)
         found = {n for op in _all(ops) for n in walk.layers_of(op)}
         counts[name] = len(found)
-        classes[name] = _alike(graph, ops, walk)
+    walk.lend()
+    classes = {name: _alike(graph, [op for op in level.ops if op.id not in skip], walk) for name, (level, skip) in regions.items()}
     return Layers(of={op.id: walk.layers_of(op) for op in graph.walk()}, counts=counts, classes=classes)
 
 
@@ -69,9 +74,11 @@ class _Numbering:
     """Numbers layers level by level. number: op id -> its layer; reach: layer -> all layers that it stands for in a scan."""
 
     def __init__(self, graph: Graph, weights: Weights, marked: Marked):
-        self.tensors, self.weights, self.marked = graph.tensors, weights, marked
+        self.all = list(graph.walk())
+        self.tensors, self.weights, self.marked, self.lent = graph.tensors, weights, marked, marked.lent
         self.number: dict[int, int] = {}
         self.known: dict[Hashable, tuple[int, str]] = {}
+        self.aside: set[int] = set()
         self.region = ""
         self.reach: dict[int, tuple[int, ...]] = {}
         self.depth: dict[int, tuple[int, int]] = {}
@@ -107,12 +114,11 @@ class _Numbering:
         self.next = first + count * op.loop.trips
 
     def is_mark(self, op: Op) -> bool:
-        return op.primitive in CONTRACTIONS and op.id not in self.marked.outside and any(t in self.weights for t in op.inputs)
+        return op.primitive in CONTRACTIONS and op.id not in self.marked.outside and op.id not in self.lent and any(t in self.weights for t in op.inputs)
 
     def ordered(self, ops: Sequence[Op]) -> list[Op]:
-        """The contractions with weights of a level, and the scans over layers, each after those that it is made of, chain by chain.
-
-        What another loop or a branch holds stands where that does.
+        """The contractions with weights that lead to the deepest result of a level, and the scans over layers, each after those that it
+        is made of, chain by chain. What another loop or a branch holds stands where that does; what only leads aside is noted as such.
         """
         maker = {t: op for op in ops for t in op.outputs}
         makers: dict[int, list[Op]] = {}
@@ -131,7 +137,7 @@ class _Numbering:
             makers[op.id] = sorted(before, key=lambda m: (self.depth[m.id], str([self.sign(i) for i in held[m.id]]))) if len(before) > 1 else before
         read = {m.id for before in makers.values() for m in before}
         found, done = [], set[int]()
-        stack = sorted((op for op in ops if op.id not in read), key=lambda op: self.depth[op.id])
+        stack = sorted((op for op in ops if op.id not in read), key=lambda op: self.depth[op.id])[-1:]
         while stack:  # depth first, the deepest maker first
             op = stack[-1]
             if op.id not in done and (wanted := [m for m in makers[op.id] if m.id not in done]):
@@ -141,6 +147,7 @@ class _Numbering:
             if op.id not in done:
                 found += held[op.id]
             done.add(op.id)
+        self.aside.update(i.id for op in ops if op.id not in done for i in held[op.id])
         return found
 
     def held(self, op: Op) -> list[Op]:
@@ -201,14 +208,22 @@ class _Numbering:
         for body in (b for op in ops for b in bodies(op)):
             self.spread(body.ops)
         level = {t: op for op in ops for t in op.outputs}
+        readers: dict[int, set[int | None]] = {}
+        for op in ops:
+            for t in op.inputs:
+                readers.setdefault(t, set()).add(self.number.get(op.id))
+        for op in (o for o in ops if o.id in self.aside):  # it lies with those that read what it reads
+            found = {n for t in op.inputs if t in level for n in readers[t] if n is not None}
+            if len(found) == 1 and op.id not in self.lent:
+                self.number[op.id] = found.pop()
         outside, residuals = self.marked.outside, self.marked.residuals
         for op in ops:
             if op.id not in self.number and op.id not in outside:
                 makers = [level[t] for t in op.inputs if t in level]
-                found = {self.number[m.id] for m in makers if m.id in self.number and m.id not in residuals}
-                if len(found) == 1 or (found and op.primitive in CONTRACTIONS):
-                    self.number[op.id] = max(found)
-        readers: dict[int, set[int | None]] = {}
+                own = {self.number[m.id] for m in makers if m.id in self.number and m.id not in residuals}
+                if len(own) == 1 or (own and op.primitive in CONTRACTIONS):
+                    self.number[op.id] = max(own)
+        readers = {}
         stream = {t for op in ops if op.id in residuals for t in op.inputs}
         for op in reversed(ops):
             if op.id not in self.number and op.id not in outside and stream.isdisjoint(op.outputs):
@@ -218,9 +233,27 @@ class _Numbering:
             for t in op.inputs:
                 readers.setdefault(t, set()).add(self.number.get(op.id))
         for op in ops:  # a loop inside of a layer
-            if (own := self.number.get(op.id)) is not None:
+            if (number := self.number.get(op.id)) is not None:
                 for inner in (o for body in bodies(op) for o in body.walk()):
-                    self.number.setdefault(inner.id, own)
+                    self.number.setdefault(inner.id, number)
+
+
+    def lend(self) -> None:
+        """Number what makes values for layers of the token loop by those layers."""
+        readers: dict[int, list[Op]] = {}
+        for op in self.all:
+            for t in op.inputs:
+                readers.setdefault(t, []).append(op)
+        for maker, values in self.lent.items():
+            queue, seen = list(values), set(values)
+            while queue and maker not in self.number:
+                for r in readers.get(queue.pop(0), ()):
+                    if r.id in self.number:
+                        self.number[maker] = self.number[r.id]
+                        break
+                    onward = [i for i, o in entries(r) if o in seen] or list(r.outputs)
+                    queue += [t for t in onward if t not in seen]
+                    seen.update(onward)
 
 
 def _components(ops: Sequence[Op], weights: Weights) -> list[list[Op]]:

@@ -7,7 +7,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
-from partition.graph import Graph, Op, Role, bodies, roots, weights
+from partition.graph import Graph, Op, Role, bodies, operands, roots, weights
 from partition.loops import CONTRACTIONS, holds
 
 
@@ -40,8 +40,9 @@ class Weights:
     def _enter(self, level: Graph) -> None:
         for op in level.ops:
             steady = all(t in self.all or level.tensors[t].role in (Role.CONST, Role.LITERAL) for t in op.inputs)
-            if steady and not self.all.isdisjoint(op.inputs) and op.loop is None:
+            if steady and not self.all.isdisjoint(op.inputs) and (op.loop is None or not op.loop.carry):
                 self.all.update(op.outputs)
+            self.all.update(inner for inner, outer in operands(op) if outer in self.all)
             for body in bodies(op):
                 self._enter(body)
 
@@ -80,9 +81,12 @@ def recurs(op: Op) -> bool:
 
 
 class Level:
-    """One level of a program: who makes and who reads each tensor. `stacked`: it is the body of a scan over weights."""
+    """One level of a program: who makes and who reads each tensor. `stacked`: it is the body of a scan over weights.
 
-    def __init__(self, level: Graph, weights: Weights, skip: Collection[int], *, stacked: bool = False):
+    tokens: how many tokens of a sequence it works on at once, by what is looked up here or (`above`) outside; None where that is not told.
+    """
+
+    def __init__(self, level: Graph, weights: Weights, skip: Collection[int], *, stacked: bool = False, above: int | None = None):
         self.graph, self.tensors, self.weights = level, level.tensors, weights
         self.ops = [op for op in level.ops if op.id not in skip]  # the token loop is a level of its own
         self.maker = {t: op for op in self.ops for t in op.outputs}
@@ -92,6 +96,8 @@ class Level:
                 self.readers.setdefault(t, []).append(op)
         self.barriers = {op.id for op in self.ops if op.primitive in CONTRACTIONS or holds(op, CONTRACTIONS) or recurs(op)}
         self.plain = [op for op in self.ops if op.primitive in CONTRACTIONS]
+        indices = [self.tensors[op.inputs[1]].shape for op in self.ops if self.looks_up(op)]
+        self.tokens = max((shape[-2] for shape in indices if len(shape) > 2), default=None if indices else above)
         self.whole = not stacked and any(map(self.looks_up, self.ops))  # a pass over the model, from tokens to their successors
 
     def looks_up(self, op: Op) -> bool:
@@ -130,6 +136,11 @@ class Level:
         return found
 
     @functools.cached_property
+    def remembered(self) -> set[int]:
+        """Ops that a state of this level is made by, back to the contractions."""
+        return {op.id for t in self.weights.states if t in self.maker for op in self.behind(t)}
+
+    @functools.cached_property
     def depth(self) -> dict[int, int]:
         """How many contractions lead to each op, itself included."""
         found: dict[int, int] = {}
@@ -145,9 +156,9 @@ class Level:
         """Ops that read what an op makes, and go on through those that are no contraction (nor, unless asked for, a residual)."""
         return self._walk(self.reads(op), lambda r: [] if self.looks_up(r) or (self.residual(r) and not residuals) else self.reads(r))
 
-    def onward(self, t: int) -> Iterator[Op]:
-        """Ops that read a tensor, and go on as `ahead` does."""
-        return self._walk(self.readers.get(t, []), lambda r: [] if self.looks_up(r) or self.residual(r) else self.reads(r))
+    def onward(self, *tensors: int) -> Iterator[Op]:
+        """Ops that read some tensors, and go on as `ahead` does."""
+        return self._walk([r for t in tensors for r in self.readers.get(t, ())], lambda r: [] if self.looks_up(r) or self.residual(r) else self.reads(r))
 
     def behind(self, *operands: int) -> Iterator[Op]:
         """Ops that make some tensors, and go back through those that are no contraction and no residual."""

@@ -1,7 +1,7 @@
 """Which part of the model each contraction is, told level by level, outer before inner where a router decides, inner before outer else.
 
-- Of two activations: ATTENTION, where the result is exponentiated and summed (a softmax) or is taken of such a one; else RECURRENT
-  (state-space and linear-recurrent layers). A loop that holds such contractions alone, or a recurrence without any, is the same.
+- Of two activations: ATTENTION, where the result is exponentiated and summed (a softmax) or is taken of such a one; RECURRENT where
+  positions meet otherwise, or a state is taken or made (state-space and linear-recurrent layers). A loop that holds such contractions alone, or a recurrence without any, is the same.
 - With a weight, all of whose readers up to the next residual are of one of these two, or that takes what comes of one: the same. So is
   one that makes the state that the next token takes (no cache that is written in place), and one that takes what that is made of.
 - One whose result is chosen from, with the choice deciding which weights or rows others read, is a ROUTER. EXPERTS are ragged
@@ -25,13 +25,14 @@ MIXERS = (Kind.ATTENTION, Kind.RECURRENT)
 class Parts(dict[int, Kind]):
     """What has been told so far: op id -> its part, with the reason; and the ops that add to the residual stream.
 
-    handed: tensor -> the tensors of the token loop that it becomes. routed: tensors made of a router's result alone. heads: weights of heads.
+    handed: tensor -> the tensors of the token loop that it becomes; users: which parts take those; lent: ops that make nothing else. routed: tensors made of a router's result alone. heads: weights of heads.
     """
 
     def __init__(self, weights: Weights, handed: Mapping[int, Collection[int]]):
         super().__init__()
         self.weights, self.handed = weights, handed
         self.users: dict[int, set[Kind]] = {}
+        self.lent: dict[int, Collection[int]] = {}
         self.why: dict[int, tuple[str, float]] = {}
         self.residuals: set[int] = set()
         self.routed: set[int] = set()
@@ -51,7 +52,7 @@ def contractions(g: Level, parts: Parts) -> Iterable[Level]:
     for op in g.ops:
         parts.routed.update(inner for inner, outer in entries(op) if outer in parts.routed)
         for body in bodies(op):
-            yield from contractions(Level(body, parts.weights, (), stacked=parts.weights.stacked(op)), parts)
+            yield from contractions(Level(body, parts.weights, (), stacked=parts.weights.stacked(op), above=g.tokens), parts)
     _loops(g, parts)
     _experts(g, parts)
     _activations(g, parts)
@@ -132,8 +133,23 @@ def _activations(g: Level, parts: Parts) -> None:
             parts.say(op.id, Kind.ATTENTION, "two activations meet, and the result goes into a softmax")
         elif scores := [m.id for m in g.behind(*op.inputs[:2]) if parts.get(m.id) is Kind.ATTENTION]:
             parts.say(op.id, Kind.ATTENTION, f"two activations meet, one of them made of the scores of op {scores[0]}")
+        elif _remembers(g, op):
+            parts.say(op.id, Kind.RECURRENT, "two activations of several positions meet without a softmax")
         else:
-            parts.say(op.id, Kind.RECURRENT, "two activations meet without a softmax")
+            parts.say(op.id, Kind.MLP, "two activations of one position meet", 0.6)
+
+
+def _remembers(g: Level, op: Op) -> bool:
+    """Whether two activations meet across positions, and not at each; or one of them is made of a state, or makes one."""
+    if g.tokens is None:
+        return True
+    if op.primitive == "dot_general" and g.tokens > 1:
+        _, batch = op.params["dimension_numbers"]
+        sides = [[size for d, size in enumerate(g.tensors[t].shape) if d not in dims] for t, dims in zip(op.inputs, batch, strict=True)]
+        if all(g.tokens in side for side in sides):
+            return True
+    near = [op, *g.behind(*op.inputs[:2]), *g.ahead(op)]
+    return any(recurs(o) or o.id in g.remembered or not g.weights.states.isdisjoint((*o.inputs, *o.outputs)) for o in near)
 
 
 def _loops(g: Level, parts: Parts) -> None:
@@ -173,10 +189,22 @@ def _mixers(g: Level, parts: Parts) -> None:
                 if other.primitive in CONTRACTIONS:
                     parts.say(other.id, parts[op.id], f"it takes the result of op {op.id} before a residual")
     for op in reversed(g.plain):
-        if op.id not in parts:
-            readers = [r.id for r in g.ahead(op) if r.id in g.barriers]
-            if readers and all(parts.get(r) in MIXERS for r in readers):
-                parts.say(op.id, parts[readers[0]], f"up to the next residual it feeds op {readers[0]} and its like alone")
+        if op.id not in parts and (takers := _takers(g, parts, op.outputs)) and all(k in MIXERS for k in takers):
+            kind, first = min(takers.items(), key=lambda taker: taker[1])
+            parts.say(op.id, kind or Kind.OTHER, f"up to the next residual it feeds op {first} and its like alone")
+
+
+def _takers(g: Level, parts: Parts, tensors: Iterable[int]) -> dict[Kind | None, int]:
+    """The parts that take some tensors, up to the next residual, in loops too -> the first op of each; None: one that is not told."""
+    reached, found = set(tensors), dict[Kind | None, int]()
+    for r in g.onward(*tensors):
+        if r.id not in g.barriers:
+            reached.update(r.outputs)
+            continue
+        inside = {k for inner, outer in entries(r) if outer in reached for k in parts.users.get(inner, ())} if parts.get(r.id) not in MIXERS else ()
+        for kind in inside or (parts.get(r.id),):
+            found.setdefault(kind, r.id)
+    return found
 
 
 def _handed(g: Level, parts: Parts) -> None:
@@ -185,18 +213,15 @@ def _handed(g: Level, parts: Parts) -> None:
         kinds = set[Kind]().union(*(parts.users.get(inner, set()) for inner in parts.handed[t]))
         if len(kinds) == 1 and (kind := kinds.pop()) in MIXERS:
             for op in g.behind(t):
-                if op.primitive in CONTRACTIONS:
+                if op.primitive in CONTRACTIONS and op.id not in parts:
                     parts.say(op.id, kind, f"what it makes is taken by {kind} in the token loop")
+                    parts.lent[op.id] = parts.handed[t]
 
 
 def _uses(g: Level, parts: Parts) -> None:
-    """Note, of what a level of the token loop is given, which parts take it."""
+    """Note, of what a level is given, which parts take it."""
     for t in g.graph.inputs:
-        found: set[Kind] = set()
-        for r in g.onward(t):
-            if r.id in g.barriers:
-                found |= {parts[r.id]} if r.id in parts else set().union(*(parts.users.get(i, set()) for i, o in entries(r)))
-        parts.users[t] = found
+        parts.users[t] = {k for k in _takers(g, parts, (t,)) if k is not None}
 
 
 def _states(g: Level, parts: Parts) -> None:

@@ -23,7 +23,13 @@ def elementwise(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     return Work(flops={t.dtype: outs[0].size}) if "float" in t.dtype else Work()
 
 
-@rule("copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint", "pvary", "mesh_cast", "reshard", "name", fused=True)
+@rule("polynomial", fused=True)
+def polynomial(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """Horner's scheme: a multiply and an add an element for each operand but the argument."""
+    return Work(flops={outs[0].dtype: 2 * max(len(ins) - 2, 1) * outs[0].size})
+
+
+@rule("dim_as_value", "copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint", "pvary", "mesh_cast", "reshard", "name", fused=True)
 def nothing(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     """Neither computes nor moves: a note to the compiler."""
     return Work()
