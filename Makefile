@@ -22,17 +22,25 @@ test-all: $(STAMP) parity
 parity: $(STAMP) $(VENV)/.parity
 	$(BIN)/python -m pytest -m parity
 
-# models that others wrote, in an environment of their own: they pin older versions of what we use (gemma is left out: it wants Python 3.13
-# and packages that clash with the others)
+# models that others wrote, in an environment of their own: they pin older versions of what we use. On Python 3.13 (PYTHON=python3.13) these
+# are gemma and MaxText, on others those that want an older JAX; each skips what is not installed there
 foreign: $(FOREIGN)/.installed
 	$(FOREIGN)/bin/python -m pytest tests/test_foreign.py
 
 $(FOREIGN)/.installed: $(STAMP)
 	@echo "setting up $(FOREIGN)"
 	test -x $(FOREIGN)/bin/python || $(PYTHON) -m venv $(FOREIGN)
+ifeq ($(VERSION),3.13)
+	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' etils einops jaxtyping immutabledict 'typeguard>=4.4.1' \
+	  ml_collections lark sentencepiece chex mediapy pillow tensorboard pandas grain tensorflow-cpu==2.21.0 tensorflow-datasets==4.9.10 \
+	  omegaconf==2.4.0 einshape psutil requests cloud-accelerator-diagnostics transformers fastapi uvicorn dialog fire drjax tiktoken sympy
+	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check --no-deps gemma==4.0.1 kauldron==1.4.4 clu==0.0.12 maxtext==0.2.5 \
+	  aqtp==0.9.0 tokamax==0.0.17 qwix==0.1.8 pathwaysutils==0.1.13 xprof==2.24.2
+else
 	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' 'transformers==4.57.6' einops jaxtyping sentencepiece \
 	  'typeguard<3' pillow clu tensorboardX perfetto pandas tqdm importlib_resources
 	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check --no-deps google-tunix==0.1.7 google-metrax==0.2.4 qwix==0.1.8 dantinox==0.4.14
+endif
 	@touch $@
 
 lint: $(STAMP)

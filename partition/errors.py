@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import enum
 import importlib
 import os
+import sys
 import traceback
 from collections.abc import Iterable
 
@@ -35,6 +37,12 @@ def user_line(error: BaseException, *libraries: str) -> str:
     foreign = (os.path.dirname(__file__), importlib.__path__[0], "<frozen importlib", *libraries)
     last = ([f for f in frames if not f.filename.startswith(foreign)] or frames)[-1]
     return f"{last.filename}:{last.lineno} ({last.name}): {last.line}"
+
+
+def written_at(error: BaseException) -> str:
+    """Where a user's code raised under JAX or Flax: its last line that is none of theirs."""
+    libraries = [os.path.dirname(m.__file__ or "") for m in (sys.modules.get("jax"), sys.modules.get("flax")) if m is not None]
+    return user_line(error, *libraries, contextlib.__file__)
 
 
 class PartitionError(Exception):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition import _jax, symbols
-from partition.errors import TraceError, told
+from partition.errors import TraceError, told, written_at
 from partition.graph import Graph, Role
 from partition.loops import looked_up, places
 
@@ -204,7 +204,7 @@ def _flat(fn: Callable[..., Any], args: tuple[Any, ...], what: str) -> _Flat:
     try:
         jaxpr = jax.make_jaxpr(call)(*(leaf for _, leaf in paths))
     except Exception as error:
-        raise TraceError(f"{what} cannot be traced: {told(error)}", where=f"trace({what}=...)",
+        raise TraceError(f"{what} cannot be traced: {told(error)}", where=f"trace({what}=...), {written_at(error)}",
                          mend="it must be traceable by jax.make_jaxpr with these arguments") from error  # fmt: skip
     sizes = symbols.stand_ins(_jax.symbolic([leaf for _, leaf in paths]))
     graph = _jax.read(jaxpr, [(Role.INPUT, "")] * len(paths), sizes).graph

@@ -182,7 +182,7 @@ def _given(graph: Graph, wanted: Mapping[int | str, Phase | str]) -> dict[int, P
     found: dict[int, Phase] = {}
     for key, phase in wanted.items():
         if phase not in list(Phase):
-            raise NameUnknownError.among("phase", str(phase), list(Phase), where=f"phases[{key!r}]")
+            raise NameUnknownError.among("phase", str(phase), map(str, Phase), where=f"phases[{key!r}]")
         hits = [o.id for o in graph.walk() if (o.id == key if isinstance(key, int) else f"{o.scope}/".startswith(f"{key}/"))]
         if not hits:
             raise PhaseError(f"no op is called {key!r}", where="tag(phases=...)", mend="give an op's id, or a scope as program.graph.ops have them")

@@ -5,11 +5,8 @@ The jaxpr is what JAX itself would compile; the graph is the planner's view of i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -19,7 +16,7 @@ import jax.export
 import jax.numpy as jnp
 
 from partition import _jax, symbols
-from partition.errors import TraceError, told, user_line
+from partition.errors import TraceError, told, written_at
 from partition.graph import Graph, Op, Role
 from partition.graph import weights as weights_of
 from partition.joint import Call, Joint, join
@@ -147,15 +144,16 @@ def trace(
             raise TraceError("there is no function to trace", where="trace(...)", mend="give one function, or prefill= and decode= together")
         joint = join(prefill, decode, new_tokens=new_tokens, feed=feed)
         fn, args = joint.fn, joint.args
+    if not callable(fn):
+        raise TraceError(f"a {type(fn).__name__} cannot be traced", where="trace(fn, *args)", mend="give a callable first, its arguments after it")
     called = name or str(getattr(fn, "__name__", "program"))
     leaves, in_tree = jax.tree_util.tree_flatten_with_path(args)
     start = time.perf_counter()
     try:
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*args)
     except Exception as error:
-        libraries = [os.path.dirname(m.__file__ or "") for m in (sys.modules.get("jax"), sys.modules.get("flax")) if m is not None]
         raise TraceError(
-            f"{called} cannot be traced: {told(error)}", where=user_line(error, *libraries, contextlib.__file__),
+            f"{called} cannot be traced: {told(error)}", where=written_at(error),
             mend='say which sizes are meant: jax.export.symbolic_shape(..., constraints=["<what was compared>"]); or give numbers'
             if type(error).__name__ == "InconclusiveDimensionOperation"
             else "the function must be traceable by jax.make_jaxpr with these arguments: no Python branches on values, matching shapes",

@@ -174,3 +174,59 @@ def test_a_state_that_does_not_match_is_named_with_both_shapes() -> None:
 def test_wrong_use(options: dict[str, Any], says: str) -> None:
     with pytest.raises(TraceError, match=says):
         pt.trace(**options)
+
+
+def test_the_token_is_what_is_looked_up_and_not_what_comes_first() -> None:
+    prefill, decode, state, cache, want = llama_parts()
+
+    def swapped(w: Any, cache: Any, position: Any, token: Any) -> Any:
+        return decode(w, token[:, 0], cache, position[0, 0])
+
+    one = spec(np.int32, 2, 1)
+    hold(pt.trace(prefill=(prefill, (state, TOKENS)), decode=(swapped, (state, cache, one, one)), new_tokens=NEW), want, 3)
+
+
+@pytest.mark.parametrize("given, counts", [(np.int32(0), 12), (spec(np.int32), 12), (np.int32(5), 5), (jnp.int32(3), 3)])
+def test_the_position_is_the_callers_or_what_prefill_wrote(given: Any, counts: int) -> None:
+    prefill, decode, state, cache, _ = llama_parts()
+    program = pt.trace(prefill=(prefill, (state, TOKENS)), decode=(decode, (state, spec(np.int32, 2), cache, given)), new_tokens=NEW)
+    assert f"counts on from {counts}, " in "; ".join(pt.tag(program).how)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_positions_count_on_from_a_prefix_that_is_no_token(scanned: bool) -> None:
+    """Four embeddings stand before the tokens, and another integer argument is longer than the prompt."""
+    cfg = llama.config("tiny")
+    model = llama.Llama(cfg, generate.numbers("float32", 0), scanned=scanned)
+    graphdef, state = nnx.split(model)
+
+    def prefill(w: Any, image: Any, tokens: Any, notes: Any) -> Any:
+        bound = nnx.merge(graphdef, w)
+        ids = jnp.concatenate([jnp.zeros((2, 4), jnp.int32), tokens], 1) + image.astype(jnp.int32).sum() * 0 + notes.sum() * 0
+        return bound.prefill(ids, 24)
+
+    def decode(w: Any, token: Any, cache: Any, position: Any) -> Any:
+        return nnx.merge(graphdef, w).decode_step(token, cache, position)
+
+    args = (state, np.ones((2, 3), np.float32), TOKENS, np.zeros((2, 30), np.int32))
+    cache = jax.eval_shape(prefill, *args)[1]
+    program = pt.trace(prefill=(prefill, args), decode=(decode, (state, spec(np.int32, 2), cache, spec(np.int32))), new_tokens=NEW)
+    assert "counts on from 16, the places that prefill writes" in "; ".join(pt.tag(program).how)
+    assert pt.check(pt.plan(program, cluster="trn2_efa_cs3").stages, *program.args).equal
+
+
+def test_a_state_that_looks_like_the_logits_is_not_guessed() -> None:
+    def prefill(w: Any, tokens: Any) -> Any:
+        h = w[tokens].sum(1)
+        return h @ w, h
+
+    def decode(w: Any, token: Any, h: Any) -> Any:
+        h = jnp.tanh(w[token] + h)
+        return h @ w, h
+
+    w = np.ones((32, 32), np.float32)
+    pair = {"prefill": (prefill, (w, TOKENS)), "decode": (decode, (w, spec(np.int32, 2), spec(np.float32, 2, 32)))}
+    with pytest.raises(TraceError, match=r"may be prefill's result \[0\] or \[1\]"):
+        pt.trace(**pair, new_tokens=NEW)
+    program = pt.trace(**pair, new_tokens=NEW, feed=lambda out, i: (jnp.argmax(out[0], -1).astype(jnp.int32), out[1]))
+    assert pt.tag(program).loop is not None

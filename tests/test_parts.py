@@ -236,7 +236,7 @@ def griffin(w: Any, x: Any, state: Any, pos: Any) -> Any:
         if x.shape[1] == 1:
             hidden = (a[:, 0] * state + b[:, 0])[:, None]
         else:
-            fade, made = lax.associative_scan(lambda l, r: (l[0] * r[0], l[1] * r[0] + r[1]), (a, b), axis=1)
+            fade, made = lax.associative_scan(lambda x, y: (x[0] * y[0], x[1] * y[0] + y[1]), (a, b), axis=1)
             hidden = fade * state[:, None] + made
         return (hidden * gate) @ w["o"], hidden[:, -1]
 

@@ -18,7 +18,7 @@ import pytest
 from jax import lax
 
 from models import generate, llama
-from partition.errors import PhaseError
+from partition.errors import PartitionError, PhaseError
 from partition.graph import Op, bodies
 from partition.loops import CONTRACTIONS
 from partition.phases import Phase, Phases, tag
@@ -322,3 +322,18 @@ def test_a_hint_wins_over_the_structure_and_must_name_a_loop() -> None:
     with pytest.raises(PhaseError, match="is no loop of the top level") as caught:
         tag(program, loop=inner.id)
     assert f"{loop.id} (scan)" in caught.value.mend
+
+
+def test_wrong_hints_are_told() -> None:
+    fn, args = llama.generation("tiny", prompt=PROMPT, new_tokens=NEW, layers="scanned")
+    program = trace(fn, *args)
+    layers, tokens = [op for op in program.graph.ops if op.loop]
+    assert "no token that it chooses comes back" in tag(program, loop=layers.id).how[0]
+    phases = tag(program, phases={tokens.id: "prefill"})
+    assert phases.loop is None and phases.handoff == () and not phases.ops(Phase.DECODE) and "the caller says so" in phases.how[0]
+    with pytest.raises(PhaseError, match="are a list"):
+        tag(program, phases=["prefill"])  # type: ignore[arg-type]
+    with pytest.raises(PhaseError, match="function is no program"):
+        tag(fn)  # type: ignore[arg-type]
+    with pytest.raises(PartitionError, match="did you mean 'prefill'"):
+        tag(program, phases={tokens.id: "prefil"})
