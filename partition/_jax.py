@@ -18,7 +18,7 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 
 from partition import symbols
-from partition.graph import OPAQUE, Graph, Loop, Op, Role, Span, Tensor, Value, itemsize, reads, writes
+from partition.graph import OPAQUE, Graph, Loop, Op, Role, Span, Tensor, Value, itemsize, reads, uncollected, writes
 
 _CALLEES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -204,6 +204,7 @@ def effects(jaxpr: Any) -> list[tuple[str, str]]:
     return found
 
 
+@uncollected()
 def read(jaxpr: Any, roles: Sequence[tuple[Role, str]], sizes: Mapping[str, Any]) -> Lowered:
     """Read a closed jaxpr into a graph. `roles` gives role and name of each of its inputs, `sizes` a number for every symbol in shapes."""
     reader = _Reader(sizes)

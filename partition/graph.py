@@ -6,9 +6,11 @@ Program order is a topological order; passes walk it and never sort. `Graph.nx` 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
+import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,18 @@ Span = tuple[int, int] | None
 
 Value = tuple[int, Span]
 """What passes between stages: a tensor; rows [start, stop) of a stacked one; or (b, b): a scan's carry after b iterations."""
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Pause Python's cyclic collector: a large graph is many values and no cycles, which it would walk again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
 
 OPAQUE = frozenset({"shard_map", "pallas_call", "ffi_call", "pure_callback", "custom_partitioning", "run_state", "custom_linear_solve"})
 """Primitives that are never looked into to be cut."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from partition.errors import NameUnknownError, PhaseError
-from partition.graph import Graph, Op, Role, bodies, roots, to_nx, weights
+from partition.graph import Graph, Op, Role, bodies, roots, to_nx, uncollected, weights
 from partition.loops import Finding, batch_of, find_token_loop, written
 from partition.passes import dependents, passes
 
@@ -118,6 +118,7 @@ def _flat(graph: Graph, loop: int | None) -> list[Op]:
     return out
 
 
+@uncollected()
 def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str, Phase | str] | None = None) -> Phases:
     """Find the phase of every op and what crosses.
 

@@ -72,7 +72,7 @@ def test_anatomy_does_not_depend_on_the_order_of_equations(name: str) -> None:
         entry = phases.program.entry
         program = dataclasses.replace(phases.program, entries=(dataclasses.replace(entry, lowered=dataclasses.replace(entry.lowered, graph=graph)),))
         found = tag(program).anatomy
-        assert found.layers == phases.anatomy.layers and found.kind == phases.anatomy.kind
+        assert found.layers == phases.anatomy.layers and found.layers.classes == phases.anatomy.layers.classes and found.kind == phases.anatomy.kind
 
 
 def attention(w: Any, x: Any) -> Any:

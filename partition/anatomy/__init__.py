@@ -15,7 +15,7 @@ from partition.anatomy.layers import Layers, Marked, layers
 from partition.anatomy.levels import Kind, Level, Weights
 from partition.anatomy.others import others
 from partition.anatomy.parts import MIXERS, Parts, contractions, leftover
-from partition.graph import Graph, Op, Role, entries
+from partition.graph import Graph, Op, Role, entries, uncollected
 from partition.loops import feedback, written
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1 else ", ".join(map(str, numbers))
 
 
+@uncollected()
 def anatomy(phases: Phases) -> Anatomy:
     """Find the parts and the layers of a tagged program."""
     graph, loop = phases.program.graph, phases.token_loop

@@ -11,8 +11,9 @@ A layer is known by its weights: the same weights, used by another phase, chunk 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from partition.anatomy.levels import Weights
@@ -24,12 +25,17 @@ from partition.loops import CONTRACTIONS
 class Layers:
     """of: op id -> the layers that it computes: one; several of an op in a scan over layers; none outside of any.
 
-    counts: how many layers each region has. classes: of each region, the groups of layers that compute the same but for their weights.
+    counts: how many layers each region has.
     """
 
     of: Mapping[int, tuple[int, ...]] = dataclasses.field(repr=False)
     counts: Mapping[str, int]
-    classes: Mapping[str, tuple[tuple[int, ...], ...]]
+    alike: Callable[[], Mapping[str, tuple[tuple[int, ...], ...]]] = dataclasses.field(repr=False, compare=False)
+
+    @functools.cached_property
+    def classes(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        """Of each region, the groups of layers that compute the same but for their weights; found when first asked for."""
+        return self.alike()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +65,11 @@ def layers(graph: Graph, regions: Mapping[str, tuple[Graph, Collection[int]]], w
         found = {n for op in _all(ops) for n in walk.layers_of(op)}
         counts[name] = len(found)
     walk.lend()
-    classes = {name: _alike(graph, [op for op in level.ops if op.id not in skip], walk) for name, (level, skip) in regions.items()}
-    return Layers(of={op.id: walk.layers_of(op) for op in graph.walk()}, counts=counts, classes=classes)
+
+    def alike() -> dict[str, tuple[tuple[int, ...], ...]]:
+        return {name: _alike(graph, [op for op in level.ops if op.id not in skip], walk) for name, (level, skip) in regions.items()}
+
+    return Layers(of={op.id: walk.layers_of(op) for op in graph.walk()}, counts=counts, alike=alike)
 
 
 def _all(ops: Sequence[Op]) -> Iterator[Op]:
@@ -123,20 +132,25 @@ class _Numbering:
         maker = {t: op for op in ops for t in op.outputs}
         makers: dict[int, list[Op]] = {}
         held: dict[int, list[Op]] = {}
+        signs: dict[int, str] = {}
+        depth, none = self.depth, (0, 0)
         for op in ops:
-            before = list({maker[t].id: maker[t] for t in op.inputs if t in maker}.values())
+            before = [maker[t] for t in op.inputs if t in maker]
             h = r = 0
             for m in before:
-                h, r = max(h, self.depth[m.id][0]), max(r, self.depth[m.id][1])
-            held[op.id] = self.held(op)
-            for inner in held[op.id]:
-                a, b = self.depth.get(inner.id, (1, 0))
-                self.depth[inner.id] = (h + 1, r) if inner is op else (h + a, r + b)
-            h, r = (max([x, *(self.depth[i.id][n] for i in held[op.id])]) for n, x in enumerate((h, r)))
-            self.depth[op.id] = h, r + (op.id in self.marked.residuals)
-            makers[op.id] = sorted(before, key=lambda m: (self.depth[m.id], str([self.sign(i) for i in held[m.id]]))) if len(before) > 1 else before
+                deep = depth[m.id]
+                h, r = max(h, deep[0]), max(r, deep[1])
+            if (op.primitive in CONTRACTIONS or op.loop is not None or op.bodies) and (own := self.held(op)):
+                held[op.id], signs[op.id] = own, str([self.sign(i) for i in own])
+                for inner in own:
+                    x, y = depth.get(inner.id, none)
+                    depth[inner.id] = (h + 1, r) if inner is op else (h + x, r + y)
+                h, r = (max([now, *(depth[i.id][n] for i in own)]) for n, now in enumerate((h, r)))
+            depth[op.id] = h, r + (op.id in self.marked.residuals)
+            makers[op.id] = sorted(before, key=lambda m: (depth[m.id], signs.get(m.id, ""))) if len(before) > 1 else before
         read = {m.id for before in makers.values() for m in before}
-        found, done = [], set[int]()
+        found: list[Op] = []
+        done = set[int]()
         stack = sorted((op for op in ops if op.id not in read), key=lambda op: self.depth[op.id])[-1:]
         while stack:  # depth first, the deepest maker first
             op = stack[-1]
@@ -145,9 +159,9 @@ class _Numbering:
                 continue
             stack.pop()
             if op.id not in done:
-                found += held[op.id]
+                found += held.get(op.id, ())
             done.add(op.id)
-        self.aside.update(i.id for op in ops if op.id not in done for i in held[op.id])
+        self.aside.update(i.id for op in ops if op.id not in done for i in held.get(op.id, ()))
         return found
 
     def held(self, op: Op) -> list[Op]:

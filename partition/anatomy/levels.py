@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 
 from partition.graph import Graph, Op, Role, bodies, operands, roots, weights
 from partition.loops import CONTRACTIONS, holds
@@ -94,23 +94,26 @@ class Level:
         for op in self.ops:
             for t in op.inputs:
                 self.readers.setdefault(t, []).append(op)
-        self.barriers = {op.id for op in self.ops if op.primitive in CONTRACTIONS or holds(op, CONTRACTIONS) or recurs(op)}
         self.plain = [op for op in self.ops if op.primitive in CONTRACTIONS]
-        indices = [self.tensors[op.inputs[1]].shape for op in self.ops if self.looks_up(op)]
+        self.nests = [op for op in self.ops if op.loop is not None or op.bodies]
+        self.barriers = {op.id for op in self.plain} | {op.id for op in self.nests if holds(op, CONTRACTIONS) or recurs(op)}
+        self.residuals = {op.id for op in self.ops if op.primitive == "add" and self._residual(op)}
+        self.lookups = {op.id for op in self.ops if op.primitive == "gather" and self._looks_up(op)}
+        indices = [self.tensors[op.inputs[1]].shape for op in self.ops if op.id in self.lookups]
         self.tokens = max((shape[-2] for shape in indices if len(shape) > 2), default=None if indices else above)
-        self.whole = not stacked and any(map(self.looks_up, self.ops))  # a pass over the model, from tokens to their successors
+        self.whole = not stacked and bool(self.lookups)  # a pass over the model, from tokens to their successors
 
-    def looks_up(self, op: Op) -> bool:
-        """Whether an op looks rows up in a table of weights: tokens become embeddings, a new pass begins."""
-        return op.primitive == "gather" and op.inputs[0] in self.weights and len(self.tensors[op.inputs[0]].shape) == 2
+    def _looks_up(self, op: Op) -> bool:
+        """Whether a gather looks rows up in a table of weights: tokens become embeddings, a new pass begins."""
+        return op.inputs[0] in self.weights and len(self.tensors[op.inputs[0]].shape) == 2
 
     def selects(self, op: Op) -> bool:
         """Whether an op takes some of many matrices of weights: those of the experts that were chosen."""
         return op.primitive in ("gather", "dynamic_slice") and op.inputs[0] in self.weights and len(self.tensors[op.inputs[0]].shape) > 2
 
-    def residual(self, op: Op) -> bool:
-        """Whether an op adds two activations of one shape, one of which is read elsewhere too: a residual stream goes on."""
-        if op.primitive != "add" or len(op.inputs) != 2 or self.weights.of(op) or not self.weights.states.isdisjoint((*op.inputs, *op.outputs)):
+    def _residual(self, op: Op) -> bool:
+        """Whether an addition is of two activations of one shape, one of which is read elsewhere too: a residual stream goes on."""
+        if len(op.inputs) != 2 or self.weights.of(op) or not self.weights.states.isdisjoint((*op.inputs, *op.outputs)):
             return False
         a, b = (self.tensors[t].shape for t in op.inputs)
         return a == b and len(a) > 1 and any(len(self.readers.get(t, ())) > 1 or t not in self.maker for t in op.inputs)
@@ -121,7 +124,7 @@ class Level:
         found: set[int] = set()
         handed = set() if self.whole else {t for t in self.graph.outputs if "float" in self.tensors[t].dtype}
         for op in reversed(self.ops):
-            readers = [r for t in op.outputs for r in self.readers.get(t, ()) if not self.looks_up(r)]
+            readers = [r for t in op.outputs for r in self.readers.get(t, ()) if r.id not in self.lookups]
             if not handed.isdisjoint(op.outputs) or any(r.id in self.barriers or r.id in found for r in readers):
                 found.add(op.id)
         return found
@@ -152,28 +155,34 @@ class Level:
         """The ops that read what an op makes."""
         return [r for t in op.outputs for r in self.readers.get(t, ())]
 
+    @functools.cached_property
+    def ends(self) -> set[int]:
+        """Ops that a walk ahead does not go beyond: contractions, residuals, and look-ups of tokens."""
+        return self.barriers | self.residuals | self.lookups
+
     def ahead(self, op: Op, residuals: bool = False) -> Iterator[Op]:
         """Ops that read what an op makes, and go on through those that are no contraction (nor, unless asked for, a residual)."""
-        return self._walk(self.reads(op), lambda r: [] if self.looks_up(r) or (self.residual(r) and not residuals) else self.reads(r))
+        return self.onward(*op.outputs, ends=self.barriers | self.lookups if residuals else self.ends)
 
-    def onward(self, *tensors: int) -> Iterator[Op]:
-        """Ops that read some tensors, and go on as `ahead` does."""
-        return self._walk([r for t in tensors for r in self.readers.get(t, ())], lambda r: [] if self.looks_up(r) or self.residual(r) else self.reads(r))
+    def onward(self, *tensors: int, ends: Collection[int] | None = None) -> Iterator[Op]:
+        """Ops that read some tensors, breadth first, each once, and go on as `ahead` does."""
+        ends = self.ends if ends is None else ends
+        seen, queue = set[int](), deque(tensors)
+        while queue:
+            for op in self.readers.get(queue.popleft(), ()):
+                if op.id not in seen:
+                    seen.add(op.id)
+                    yield op
+                    if op.id not in ends:
+                        queue.extend(op.outputs)
 
     def behind(self, *operands: int) -> Iterator[Op]:
-        """Ops that make some tensors, and go back through those that are no contraction and no residual."""
-
-        def before(tensors: Iterable[int]) -> list[Op]:
-            return [self.maker[t] for t in tensors if t in self.maker]
-
-        return self._walk(before(operands), lambda m: [] if self.residual(m) else before(m.inputs))
-
-    def _walk(self, first: Iterable[Op], onward: Callable[[Op], Iterable[Op]]) -> Iterator[Op]:
-        """Ops breadth first, each once; from a contraction the walk does not go on."""
-        seen, queue = set[int](), deque(first)
+        """Ops that make some tensors, breadth first, each once, and go back through those that are no contraction and no residual."""
+        seen, queue = set[int](), deque(operands)
         while queue:
-            op = queue.popleft()
-            if op.id not in seen:
+            op = self.maker.get(queue.popleft())
+            if op is not None and op.id not in seen:
                 seen.add(op.id)
                 yield op
-                queue.extend(() if op.id in self.barriers else onward(op))
+                if op.id not in self.barriers and op.id not in self.residuals:
+                    queue.extend(op.inputs)

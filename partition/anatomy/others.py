@@ -42,7 +42,7 @@ def _scaled(g: Level, op: Op) -> Iterator[Op]:
     for n, t in enumerate(made):
         for r in g.readers.get(t, ()):
             others = [i for i in r.inputs if i != t and i not in g.weights and g.tensors[i].role is Role.ACTIVATION]
-            if r.primitive in _SCALES and not g.residual(r) and (not others or n < len(op.outputs)):
+            if r.primitive in _SCALES and r.id not in g.residuals and (not others or n < len(op.outputs)):
                 yield r
                 made += [o for o in r.outputs if o not in made]
 

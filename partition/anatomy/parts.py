@@ -46,10 +46,10 @@ class Parts(dict[int, Kind]):
 
 def contractions(g: Level, parts: Parts) -> Iterable[Level]:
     """Tell the contractions of a level and of all that it holds; gives the levels, the inner ones first."""
-    parts.residuals.update(op.id for op in g.ops if g.residual(op))
+    parts.residuals |= g.residuals
     _heads(g, parts, known=True)
     _routers(g, parts)
-    for op in g.ops:
+    for op in g.nests:
         parts.routed.update(inner for inner, outer in entries(op) if outer in parts.routed)
         for body in bodies(op):
             yield from contractions(Level(body, parts.weights, (), stacked=parts.weights.stacked(op), above=g.tokens), parts)
@@ -154,7 +154,7 @@ def _remembers(g: Level, op: Op) -> bool:
 
 def _loops(g: Level, parts: Parts) -> None:
     """Loops and branches that mix positions: they hold contractions of activations alone, or carry a state along a sequence."""
-    for op in g.ops:
+    for op in g.nests:
         held = [o for body in bodies(op) for o in body.walk() if o.primitive in CONTRACTIONS]
         if held and not any(g.weights.of(o) for o in held):
             kind = Kind.ATTENTION if any(parts.get(o.id) is Kind.ATTENTION for o in held) else Kind.RECURRENT
