@@ -6,18 +6,20 @@ Exit codes: 0 done or equal, 1 not equal, 2 wrong use, 3 infeasible, 4 crash. No
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from partition.errors import EquivalenceError, ExitCode, PartitionError
+from partition.errors import EquivalenceError, ExitCode, PartitionError, ProfileError
 
 if TYPE_CHECKING:
+    from partition.hardware import Cluster
     from partition.pipeline import Plan
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
@@ -30,6 +32,7 @@ Prompt = Annotated[int, typer.Option("--prompt", help="prompt length [tokens]", 
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="tokens to write", min=2)]
 Batch = Annotated[int, typer.Option("--batch", help="sequences that run together", min=1)]
 Trips = Annotated[Optional[int], typer.Option("--trips", help="how often a loop runs whose structure does not tell", min=0)]  # noqa: UP045
+Sets = Annotated[Optional[list[str]], typer.Option("--set", help="another number for the cluster, such as efa_v3.beta='200 GB/s', cs3.price='20 $/h', trn2.count=8")]  # noqa: UP045
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -47,13 +50,13 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, trips: int | None,
-              seed: int | None = None, dump: Path | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
+              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
     """Plan one request of a model by name; gives the plan and the arguments."""
     from partition import profiles
     from partition.pipeline import model_bytes, plan, request
     from partition.pipeline import policy as find_policy
 
-    profiles.cluster(cluster)  # wrong names are said before the model is built
+    machines = replaced(profiles.cluster(cluster), sets)  # wrong names are said before the model is built
     find_policy(policy)
     with progress() as say:
         say(f"build {model}")
@@ -61,7 +64,18 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
             _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
-        return plan(fn, args, cluster=cluster, policy=policy, objective=objective, trips=trips, title=title, progress=say, dump=dump), args
+        return plan(fn, args, cluster=machines, policy=policy, objective=objective, trips=trips, title=title, progress=say, dump=dump), args
+
+
+def replaced(cluster: Cluster, sets: Sequence[str] | None) -> Cluster:
+    """A cluster with the numbers that the command line sets. Raises ProfileError."""
+    values = {}
+    for said in sets or ():
+        name, found, value = said.partition("=")
+        if not found:
+            raise ProfileError(f"{said!r} sets nothing", where="--set", mend="write --set <name>=<value>, such as --set efa_v3.beta='200 GB/s'")
+        values[name.strip()] = value.strip()
+    return cluster.replace(values)
 
 
 def _hold_to_host(model: str, nbytes: float) -> None:
@@ -80,15 +94,26 @@ def plan_command(
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
+    sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
 ) -> None:  # fmt: skip
     """Plan a model on a cluster."""
     from partition.pipeline import to_json, writable
 
     writable(out, dump)
-    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump)
+    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets)
     if out is not None:
         made.save(out)
-    print(json.dumps(to_json(made)) if as_json else made)
+    swings = None
+    if sensitive:
+        from partition.pipeline import policy as find_policy
+        from partition.sensitivity import sensitivity, sensitivity_text
+
+        with progress() as say:
+            swings = sensitivity(made, find_policy(policy), progress=say)
+    if as_json:
+        print(json.dumps(to_json(made) | ({} if swings is None else {"sensitivity": [dataclasses.asdict(s) for s in swings]})))
+    else:
+        print(made, *([] if swings is None else [sensitivity_text(made, swings)]), sep="\n\n")
     for folder in (out, dump):
         if folder is not None and not as_json:
             print(f"\nwrote {folder}: {', '.join(sorted(os.listdir(folder)))}")
@@ -101,15 +126,14 @@ def check_command(
     trips: Trips = None, as_json: AsJson = False, default_options: Annotated[bool, typer.Option("--default-options", help="compile with XLA's defaults instead of the strict ones")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json-file", help="write the verdict as JSON")] = None,  # noqa: UP045
     junit: Annotated[Optional[Path], typer.Option("--junit", help="write the verdict as JUnit XML")] = None,  # noqa: UP045
+    sets: Sets = None,
 ) -> None:  # fmt: skip
     """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
-    import dataclasses
-
     from partition import equivalence, execution, reporting
     from partition.pipeline import writable, write
 
     writable(*(file.parent for file in (json_file, junit) if file is not None))
-    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=seed)
+    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=seed, sets=sets)
     with progress() as say:
         say("cut")
         runner = execution.prepare(made.stages, strict=not default_options, progress=say)
@@ -132,6 +156,7 @@ def compare_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3",
     policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
     objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
+    sets: Sets = None,
 ) -> None:  # fmt: skip
     """Compare policies on one problem."""
     from partition.bench import compare
@@ -146,7 +171,7 @@ def compare_command(
     from partition.units import dollars, seconds
 
     names = policy or sorted(POLICIES)
-    machines, _ = find_cluster(cluster), [find_policy(n) for n in names]
+    machines, _ = replaced(find_cluster(cluster), sets), [find_policy(n) for n in names]
     with progress() as say:
         say(f"trace {model}")
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)

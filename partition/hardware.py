@@ -25,16 +25,34 @@ class Kind(enum.StrEnum):
     ASSUMED = "assumed"
 
 
+class End(enum.StrEnum):
+    """A place in a band."""
+
+    LOW = "low"
+    NOMINAL = "nominal"
+    HIGH = "high"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Quantity:
-    """One number in SI units with its kind and where it comes from; `float(q)` is the number."""
+    """One number in SI units with its kind and where it comes from; `float(q)` is the number.
+
+    low and high are the band that it is known to lie in, None where it is taken as exact.
+    """
 
     value: float
     kind: Kind
     source: str
+    low: float | None = None
+    high: float | None = None
 
     def __float__(self) -> float:
         return self.value
+
+    def at(self, end: End) -> Quantity:
+        """The number at one end of its band, with no band left."""
+        value = self.value if end is End.NOMINAL or self.low is None or self.high is None else self.low if end is End.LOW else self.high
+        return dataclasses.replace(self, value=value, low=None, high=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,24 +171,24 @@ class Cluster:
             )  # fmt: skip
         return graph
 
-    def replace(self, *, price: Mapping[str, float] | None = None, beta: Mapping[str, float] | None = None) -> Cluster:
-        """The same cluster with other numbers: `price` [$/s of one device] by device name, `beta` [B/s] by link name.
+    def replace(self, values: Mapping[str, str | float] | None = None, *, price: Mapping[str, float] | None = None, beta: Mapping[str, float] | None = None) -> Cluster:
+        """The same cluster with other numbers, all of them assumed by the caller.
 
-        A new beta also lifts or lowers the ingest limit of the edges on that link, so that it is what really passes.
+        values: "<device>.<field>", "<link>.<field>" or "<mesh>.count" -> a quantity with its unit, or a number in SI units: "cs3.price",
+        "trn2.memory.bandwidth", "trn2.peak.bfloat16", "efa_v3.beta", "efa_v3.ingest". `price` [$/s of one device] by device name and `beta`
+        [B/s] by link name say the most usual ones. A new beta also lifts the ingest limit of the edges on that link, so that it is what
+        really passes. Raises ProfileError for a name that the cluster does not have, and for a value that is none.
         """
-        note = "set by the caller"
+        from partition.overrides import replaced
 
-        def assumed(value: float) -> Quantity:
-            return Quantity(value=value, kind=Kind.ASSUMED, source=note)
+        said: dict[str, str | float] = dict(values or {})
+        said |= {f"{name}.price": float(value) for name, value in (price or {}).items()}
+        for name, value in (beta or {}).items():
+            said |= {f"{name}.beta": float(value), f"{name}.ingest": float("inf")}
+        return replaced(self, said)
 
-        price, beta = price or {}, beta or {}
-        meshes = tuple(
-            dataclasses.replace(m, device=dataclasses.replace(m.device, price=assumed(price[m.device.name])))
-            if m.device.name in price else m for m in self.meshes
-        )  # fmt: skip
-        edges = tuple(
-            dataclasses.replace(e, link=dataclasses.replace(e.link, beta=assumed(beta[e.link.name])), ingest=None)
-            if e.link.name in beta else e for e in self.edges
-        )  # fmt: skip
-        return dataclasses.replace(self, meshes=meshes, edges=edges)
+    def at(self, worse: bool) -> Cluster:
+        """The same cluster with every number but capacities at the worse (or the better) end of its band: slower and dearer, or faster and cheaper."""
+        from partition.overrides import extreme
 
+        return extreme(self, worse)

@@ -66,6 +66,20 @@ class Plan:
         return self.bound.gap(self.estimate.score(self.problem.objective))
 
     @functools.cached_property
+    def band(self) -> tuple[Estimate, Estimate] | None:
+        """The same placement with every number of the cluster at the better and at the worse end of its band; None for a loaded plan.
+
+        Capacities stay. All ends at once are wider than what is likely.
+        """
+        from partition.problem import on
+
+        machines = self.problem.cluster
+        if self.problem.phases is None or machines is None:
+            return None
+        better, worse = (on(self.problem, machines.at(worse=worse)) for worse in (False, True))
+        return tuple(evaluate(p, dataclasses.replace(self.placement, problem=p)) for p in (better, worse))  # type: ignore[return-value]
+
+    @functools.cached_property
     def stages(self) -> Stages:
         """The program cut by the placement. Raises PlacementError for a plan that was loaded from a file."""
         from partition.stages import cut
@@ -290,6 +304,7 @@ def to_json(made: Plan) -> dict[str, Any]:
         "timings": dict(made.timings), "versions": dict(made.versions),
         "placement": {"mesh": made.placement.mesh.tolist(), "also": {str(k): list(v) for k, v in made.placement.also.items()}},
         "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "exposed", "busy", "memory")},
+        "band": None if made.band is None else [{k: getattr(end, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok")} for end in made.band],
         "links": [{"src": p.meshes[a], "dst": p.meshes[b], "bytes": n, "seconds": e.link_busy[a, b]} for (a, b), n in sorted(e.link_bytes.items())],
         "bound": {"score": made.bound.score, "proof": made.bound.proof}, "gap": made.gap,
         "problem": numbers | {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -76,6 +76,7 @@ class Problem:
     costs: tuple[tuple[Cost, ...], ...] = ()
     phases: Phases | None = dataclasses.field(default=None, repr=False)
     cluster: Cluster | None = dataclasses.field(default=None, repr=False)
+    layouts: tuple[Layout, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # a value: no policy changes what the others are measured by
@@ -183,28 +184,50 @@ def pose(
     on_chip: set[int] = set()
     works = work(graph, weights=weights, trips=trips, on_chip=on_chip)
     blocks = coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
-    priced: dict[tuple[str, int], tuple[Layout, dict[int, Cost]]] = {}
-    for m in cluster.meshes:
-        if (m.device.name, m.count) not in priced:
-            split = layout(graph, m.count)
-            priced[m.device.name, m.count] = (split, costs(graph, works, split, m, trips))
-    by_kind = [priced[m.device.name, m.count] for m in cluster.meshes]
+    by_degree = {n: layout(graph, n) for n in {m.count for m in cluster.meshes}}
+    splits = [by_degree[m.count] for m in cluster.meshes]
     flowing, lying = flows(blocks, phases, runs)
-    node_costs = _node_costs(blocks, [table for _, table in by_kind])
     names = _unique([b.scope or b.phase for b in blocks])
-    a, b, money = _links(cluster)
     return Problem(
+        **_numbers(phases, blocks, works, splits, cluster, trips),
         names=names, phase=tuple(b.phase for b in blocks), region=tuple(b.region for b in blocks),
         meshes=tuple(m.name for m in cluster.meshes), kinds=tuple(m.device.name for m in cluster.meshes),
-        seconds=np.array([[c.seconds for c in row] for row in node_costs]).reshape(len(blocks), len(cluster.meshes)),
         times=np.array([runs if b.region != "top" else 1 for b in blocks], np.int64), flows=tuple(flowing), residents=tuple(lying),
-        resident=np.array([[_copies(split, r.value) * r.nbytes for split, _ in by_kind] for r in lying]).reshape(len(lying), len(by_kind)),
-        activation=_activations(blocks, phases, weights | on_chip, [split for split, _ in by_kind]), capacity=np.array([m.capacity for m in cluster.meshes]),
-        alpha=a, beta=b, price=np.array([m.price for m in cluster.meshes]), link_price=money,
+        resident=np.array([[_copies(split, r.value) * r.nbytes for split in splits] for r in lying]).reshape(len(lying), len(splits)),
+        activation=_activations(blocks, phases, weights | on_chip, splits), capacity=np.array([m.capacity for m in cluster.meshes]),
         workload=Workload(batch=phases.batch, trips=runs), objective=objective,
         pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), blocks=blocks,
-        works=_node_works(blocks, works), costs=node_costs, phases=phases, cluster=cluster,
+        works=_node_works(blocks, works), phases=phases, layouts=tuple(splits),
     )  # fmt: skip
+
+
+def on(problem: Problem, cluster: Cluster) -> Problem:
+    """The same problem with the numbers of another cluster of as many meshes of as many devices: nodes, flows and capacities stay.
+
+    Raises PlacementError for a problem that was loaded (it has no program) and for a cluster of other meshes.
+    """
+    phases, counts = problem.phases, [s.degree for s in problem.layouts]
+    if phases is None:
+        raise PlacementError("a loaded problem has no program to take the cost of", where="problem.on(...)", mend="pose the program again")
+    if [m.count for m in cluster.meshes] != counts:
+        raise PlacementError("the cluster has other meshes than the problem", where=f"cluster {cluster.name!r}", mend=f"give one of {len(counts)} meshes of {counts} devices")
+    trips = problem.workload.trips or None
+    works = work(phases.program.graph, weights=is_weight(phases.program), trips=trips)
+    return dataclasses.replace(problem, **_numbers(phases, problem.blocks, works, problem.layouts, cluster, trips))
+
+
+def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work], splits: Sequence[Layout], cluster: Cluster, trips: int | None) -> dict[str, Any]:
+    """What of a problem follows from the numbers of a cluster, but for what its meshes hold."""
+    priced: dict[tuple[str, int], dict[int, Cost]] = {}
+    for m, split in zip(cluster.meshes, splits, strict=True):
+        if (m.device.name, m.count) not in priced:
+            priced[m.device.name, m.count] = costs(phases.program.graph, works, split, m, trips)
+    found = _node_costs(blocks, [priced[m.device.name, m.count] for m in cluster.meshes])
+    alpha, beta, money = _links(cluster)
+    return {
+        "seconds": np.array([[c.seconds for c in row] for row in found]).reshape(len(blocks), len(cluster.meshes)), "costs": found,
+        "alpha": alpha, "beta": beta, "price": np.array([m.price for m in cluster.meshes]), "link_price": money, "cluster": cluster,
+    }  # fmt: skip
 
 
 def _copies(split: Layout, value: Value) -> float:

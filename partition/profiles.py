@@ -34,8 +34,8 @@ def _quantity(dimension: str) -> Any:
             raise ValueError(f"expected a number with kind and source, got {raw!r}; {mend}")
         if missing := [key for key in ("value", "kind", "source") if not str(raw.get(key, "")).strip()]:
             raise ValueError(f"the number has no {' and no '.join(missing)}; {mend}")
-        if extra := set(raw) - {"value", "kind", "source", "note"}:
-            raise ValueError(f"unknown key {sorted(extra)[0]!r} beside value, kind and source")
+        if extra := set(raw) - {"value", "low", "high", "kind", "source", "note", "sparse"}:
+            raise ValueError(f"unknown key {sorted(extra)[0]!r} beside value, low, high, kind and source")
         if not isinstance(raw["source"], str) or not isinstance(raw.get("note", ""), str):
             raise ValueError(f"source and note are text, got {raw['source']!r}")
         if raw["kind"] not in list(Kind):
@@ -47,9 +47,32 @@ def _quantity(dimension: str) -> Any:
             raise ValueError(f"a share lies above 0 and at most at 1, got {raw['value']!r}")
         if value == 0 and dimension not in ("price per byte", "price", "time"):
             raise ValueError(f"a {dimension} of zero makes nothing run, got {raw['value']!r}")
-        return Quantity(value=value, kind=Kind(raw["kind"]), source=raw["source"])
+        if raw.get("sparse", False) is not False:
+            raise ValueError("a peak with sparsity is no dense one; state the dense peak, and keep the sparse one in its source")
+        if dimension == "compute" and "spars" in raw["source"].lower() and "dense" not in raw["source"].lower():
+            raise ValueError("the source speaks of sparsity and not of a dense figure; state the dense peak, and say so in the source")
+        low, high = _band(raw, value, dimension)
+        return Quantity(value=value, kind=Kind(raw["kind"]), source=raw["source"], low=low, high=high)
 
     return Annotated[Quantity, BeforeValidator(read), Field(json_schema_extra={"x-dimension": dimension})]
+
+
+def _band(raw: dict[str, Any], value: float, dimension: str) -> tuple[float | None, float | None]:
+    """The band of a number, (None, None) where it has none. Raises ValueError."""
+    if not {"low", "high"} & set(raw):
+        return None, None
+    if missing := {"low", "high"} - set(raw):
+        raise ValueError(f"a band has two ends, {missing.pop()} is missing")
+    low, high = (units.parse(raw[end], dimension) for end in ("low", "high"))
+    if not (math.isfinite(low) and math.isfinite(high)) or low > high:
+        raise ValueError(f"the band is reversed or infinite: low {raw['low']!r}, high {raw['high']!r}")
+    if not low <= value <= high:
+        raise ValueError(f"the value {raw['value']!r} lies outside of its band, {raw['low']!r} to {raw['high']!r}")
+    if dimension == "fraction" and high > 1:
+        raise ValueError(f"a share is at most 1, its band goes to {raw['high']!r}")
+    if low == 0 and dimension not in ("price per byte", "price", "time"):
+        raise ValueError(f"a {dimension} of zero makes nothing run, the band goes to {raw['low']!r}")
+    return low, high
 
 
 DTYPES = ("float64", "float32", "tfloat32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int32", "int8", "int4")

@@ -116,9 +116,19 @@ def headline(plan: Plan) -> str:
     )
 
 
+def band_text(plan: Plan) -> str:
+    """What the plan gives when the numbers it rests on lie at the ends of their bands."""
+    if (band := plan.band) is None:
+        return ""
+    (a, b), parts = band, []
+    for name, field, show in (("TTFT", "ttft", seconds), ("TPOT", "tpot", seconds), ("end to end", "e2e", seconds), ("per Mtok", "usd_per_mtok", dollars)):
+        parts.append(f"{name} {show(getattr(a, field))} .. {show(getattr(b, field))}")
+    return f"\nwith all numbers at the better or the worse end of their bands: {', '.join(parts)}"
+
+
 def text(plan: Plan) -> str:
     """A plan on one screen."""
-    return "\n\n".join([headline(plan), stage_table(plan), link_table(plan), memory_table(plan)])
+    return "\n\n".join([headline(plan) + band_text(plan), stage_table(plan), link_table(plan), memory_table(plan)])
 
 
 def alternatives_table(answer: Answer) -> str:

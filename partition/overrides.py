@@ -1,0 +1,110 @@
+"""Other numbers in a cluster: those that a caller sets by name, and all of them at one end of their bands."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from partition import units
+from partition.errors import NameUnknownError, ProfileError
+from partition.hardware import Cluster, Device, End, Kind, Link, Quantity
+
+DIMENSIONS = {
+    "memory.capacity": "bytes", "memory.bandwidth": "bandwidth", "memory.usable": "fraction", "compute_efficiency": "fraction",
+    "memory_efficiency": "fraction", "contraction_latency": "time", "price": "price", "power": "power",
+}  # fmt: skip
+"""Of a device's numbers; a peak is a "compute"."""
+
+LINK_DIMENSIONS = {"alpha": "time", "beta": "bandwidth", "price": "price per byte", "ingest": "bandwidth"}
+_BETTER_LOW = frozenset({"time", "price", "price per byte", "power"})
+
+
+def quantities(cluster: Cluster) -> Iterator[tuple[str, str, Quantity]]:
+    """(name, dimension, number) of everything in a cluster that `Cluster.replace` can set, each once."""
+    for device in {m.device.name: m.device for m in cluster.meshes}.values():
+        yield from ((f"{device.name}.peak.{dtype}", "compute", q) for dtype, q in device.peak.items())
+        for field, dimension in DIMENSIONS.items():
+            yield f"{device.name}.{field}", dimension, _get(device, field)
+    links = [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]
+    for link in {link.name: link for link in links}.values():
+        yield from ((f"{link.name}.{field}", LINK_DIMENSIONS[field], getattr(link, field)) for field in ("alpha", "beta", "price"))
+    for edge in {e.link.name: e for e in cluster.edges if e.ingest is not None}.values():
+        assert edge.ingest is not None
+        yield f"{edge.link.name}.ingest", "bandwidth", edge.ingest
+
+
+def replaced(cluster: Cluster, values: Mapping[str, str | float]) -> Cluster:
+    """A cluster with numbers set by name. Raises ProfileError, NameUnknownError."""
+    known = {name: dimension for name, dimension, _ in quantities(cluster)}
+    known |= {f"{e.link.name}.ingest": "bandwidth" for e in cluster.edges} | {f"{m.name}.count": "" for m in cluster.meshes}
+    for name, said in values.items():
+        if name not in known:
+            raise NameUnknownError.among("number of this cluster", name, known, where=f"cluster {cluster.name!r}")
+        if name.endswith(".count"):
+            cluster = _counted(cluster, name.removesuffix(".count"), said)
+        else:
+            cluster = _put(cluster, name, Quantity(value=_number(cluster, name, said, known[name]), kind=Kind.ASSUMED, source="set by the caller"))
+    return cluster
+
+
+def extreme(cluster: Cluster, worse: bool) -> Cluster:
+    """A cluster with every number but capacities at the worse or the better end of its band."""
+    for name, dimension, q in list(quantities(cluster)):
+        if q.low is not None and not name.endswith((".memory.capacity", ".memory.usable")):
+            cluster = _put(cluster, name, q.at(End.HIGH if (dimension in _BETTER_LOW) == worse else End.LOW))
+    return cluster
+
+
+def _number(cluster: Cluster, name: str, said: str | float, dimension: str) -> float:
+    where = f"cluster {cluster.name!r}, {name} = {said!r}"
+    try:
+        value = units.parse(said, dimension) if isinstance(said, str) else float(said)
+    except (TypeError, ValueError) as error:
+        raise ProfileError(f"the value is no {dimension}: {error}", where=where, mend="write a number with its unit, or a number in SI units") from None
+    free = dimension in ("price", "price per byte", "time")
+    if math.isnan(value) or value < 0 or (value == 0 and not free) or (dimension == "fraction" and value > 1) or (math.isinf(value) and not name.endswith(".ingest")):
+        raise ProfileError(f"{value:g} is no {dimension} that a machine can have", where=where, mend="give a finite number above 0, a share at most 1")
+    return value
+
+
+def _counted(cluster: Cluster, name: str, said: str | float) -> Cluster:
+    count = int(said) if str(said).strip().isdigit() else 0
+    if count < 1:
+        raise ProfileError(f"{said!r} is no number of devices", where=f"cluster {cluster.name!r}, {name}.count", mend="give a whole number from 1")
+    mesh = next(m for m in cluster.meshes if m.name == name)
+    if count > 1 and mesh.fabric is None:
+        raise ProfileError(f"mesh {name!r} has no fabric to join {count} devices by", where=f"cluster {cluster.name!r}", mend="name one in the cluster's profile: fabric = ...")
+    new = dataclasses.replace(mesh, count=count, stand_in=min(count, mesh.stand_in))
+    return dataclasses.replace(cluster, meshes=tuple(new if m is mesh else m for m in cluster.meshes))
+
+
+def _get(device: Device, field: str) -> Quantity:
+    value: Any = device
+    for part in field.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Quantity)
+    return value
+
+
+def _put(cluster: Cluster, name: str, q: Quantity) -> Cluster:
+    owner, _, field = name.partition(".")
+
+    def device(d: Device) -> Device:
+        if d.name != owner:
+            return d
+        if field.startswith("peak."):
+            return dataclasses.replace(d, peak={**d.peak, field.removeprefix("peak."): q})
+        if field.startswith("memory."):
+            return dataclasses.replace(d, memory=dataclasses.replace(d.memory, **{field.removeprefix("memory."): q}))
+        return dataclasses.replace(d, **cast(Any, {field: q}))
+
+    def link(given: Link) -> Link:
+        return dataclasses.replace(given, **cast(Any, {field: q})) if given.name == owner and field != "ingest" else given
+
+    devices = {d.name: device(d) for d in {m.device.name: m.device for m in cluster.meshes}.values()} if field not in LINK_DIMENSIONS or field == "price" else {}
+    meshes = tuple(dataclasses.replace(m, device=devices.get(m.device.name, m.device), fabric=None if m.fabric is None else link(m.fabric)) for m in cluster.meshes)
+    ingest = None if math.isinf(q.value) else q
+    edges = tuple(dataclasses.replace(e, link=link(e.link), ingest=ingest if e.link.name == owner and field == "ingest" else e.ingest) for e in cluster.edges)
+    return dataclasses.replace(cluster, meshes=meshes, edges=edges)
