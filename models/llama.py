@@ -95,6 +95,11 @@ CONFIGS: dict[str, Config] = {
     "llama-3.1-8b": _llama31(dim=4096, layers=32, heads=32, ffn=14_336),
     "llama-3.1-70b": _llama31(dim=8192, layers=80, heads=64, ffn=28_672),
     "llama-3.1-405b": _llama31(dim=16_384, layers=126, heads=128, ffn=53_248),
+    "llama-2-7b": Config(vocab=32_000, dim=4096, layers=32, heads=32, kv_heads=32, head_dim=128, ffn=11_008, rope_theta=1e4),
+    "llama-2-13b": Config(vocab=32_000, dim=5120, layers=40, heads=40, kv_heads=40, head_dim=128, ffn=13_824, rope_theta=1e4),
+    "llama-2-70b": Config(vocab=32_000, dim=8192, layers=80, heads=64, kv_heads=8, head_dim=128, ffn=28_672, rope_theta=1e4),
+    "llama-3-8b": Config(vocab=128_256, dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14_336),
+    "llama-3-8b-mha": Config(vocab=128_256, dim=4096, layers=32, heads=32, kv_heads=32, head_dim=128, ffn=14_336),  # every query head its own keys
     "qwen3-8b": Config(vocab=151_936, dim=4096, layers=36, heads=32, kv_heads=8, head_dim=128, ffn=12_288, rope_theta=1e6,
                        norm_eps=1e-6, qk_norm=True),
 }  # fmt: skip

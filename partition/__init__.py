@@ -16,7 +16,7 @@ _WHERE = {
     "evaluate": "evaluation", "explain": "explanation", "host_devices": "program", "lower_bound": "bounds", "model": "pipeline", "place": "pipeline",
     "plan": "pipeline", "policy": "pipeline", "pose": "problem", "prepare": "execution", "report": "reporting:html", "rule": "work",
     "run": "execution", "sensitivity": "sensitivity", "schedule": "timeline", "tag": "phases", "trace": "program", "transfers": "dispatch", "uncut": "execution",
-    "verify": "evaluation",
+    "validate": "fidelity", "verify": "evaluation",
 }  # fmt: skip
 
 __all__ = sorted(_WHERE)

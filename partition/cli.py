@@ -1,4 +1,4 @@
-"""The command line: demo, plan, check, compare, devices, policies. Everything it does is one call in Python.
+"""The command line: demo, plan, check, compare, validate, devices, policies. Everything it does is one call in Python.
 
 Exit codes: 0 done or equal, 1 not equal, 2 wrong use, 3 infeasible, 4 crash. No verb imports JAX that does not need it.
 """
@@ -193,6 +193,28 @@ def compare_command(
     for r in results:
         if r.estimate is None:
             print(f"{r.policy}: {r.why_not}")
+
+
+@app.command("validate")
+def validate_command(
+    folder: Annotated[Optional[Path], typer.Argument(help="a folder of measurements; those of the package by default")] = None,  # noqa: UP045
+    points: Annotated[bool, typer.Option("--points", help="every point, not the summaries alone")] = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Hold the predictions against published measurements: errors by device and metric, the worst points, the bands."""
+    from partition.fidelity import fidelity_text, validate
+    from partition.tables import table
+    from partition.units import seconds
+
+    with progress() as say:
+        found = validate(folder, progress=say)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(p) | {"error": p.error, "inside": p.inside} for p in found]))
+        return
+    if points:
+        lines = [(p.subject, p.metric, p.what, "fitted" if p.fitted else "", seconds(p.published), seconds(p.predicted), f"{100 * p.error:+.1f} %",
+                  f"{seconds(p.low)} .. {seconds(p.high)}") for p in found]  # fmt: skip
+        print(table("Points", ("subject", "metric", "point", "", "published", "predicted", "error", "band"), lines), end="\n\n")
+    print(fidelity_text(found))
 
 
 @app.command("devices")

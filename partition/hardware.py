@@ -65,8 +65,28 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Region:
+    """How a wafer computes: each layer on a square of cores, one after the other, its weights in the SRAM of those cores.
+
+    cores: of the wafer. clock [Hz]. lanes: multiply-adds that a core starts in a cycle. A contraction of r rows on a square of g x g cores
+    takes fixed + hop x g + r x (row_fixed + row_hop x g) + mac x multiply-adds / (lanes x g^2) cycles: what it costs to begin, the way over
+    the cores, both again for each row, and the arithmetic. side: g, where it is not what layers side by side leave each.
+    """
+
+    cores: Quantity
+    clock: Quantity
+    lanes: Quantity
+    fixed: Quantity
+    hop: Quantity
+    row_fixed: Quantity
+    row_hop: Quantity
+    mac: Quantity
+    side: Quantity | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """One chip, wafer or GPU.
+    """One chip, wafer or GPU. With a `region` its contractions cost what that says, and peak, bandwidth and efficiencies count for the rest.
 
     peak: dense FLOP/s by dtype. compute_efficiency, memory_efficiency: the share of peak and of bandwidth that large ops reach.
     contraction_latency [s]: the fixed time of one contraction (launch, fabric hops), which no roofline shows. price [$/s], power [W].
@@ -81,6 +101,7 @@ class Device:
     contraction_latency: Quantity
     price: Quantity
     power: Quantity
+    region: Region | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,8 +17,12 @@ DIMENSIONS = {
 }  # fmt: skip
 """Of a device's numbers; a peak is a "compute"."""
 
+REGION_DIMENSIONS = {"cores": "number", "clock": "frequency", "lanes": "number", "fixed": "cycles", "hop": "cycles", "row_fixed": "cycles",
+                     "row_hop": "cycles", "mac": "cycles"}  # fmt: skip
+"""Of a wafer's regions."""
+
 LINK_DIMENSIONS = {"alpha": "time", "beta": "bandwidth", "price": "price per byte", "ingest": "bandwidth"}
-_BETTER_LOW = frozenset({"time", "price", "price per byte", "power"})
+_BETTER_LOW = frozenset({"time", "price", "price per byte", "power", "cycles"})
 
 
 def quantities(cluster: Cluster) -> Iterator[tuple[str, str, Quantity]]:
@@ -27,6 +31,8 @@ def quantities(cluster: Cluster) -> Iterator[tuple[str, str, Quantity]]:
         yield from ((f"{device.name}.peak.{dtype}", "compute", q) for dtype, q in device.peak.items())
         for field, dimension in DIMENSIONS.items():
             yield f"{device.name}.{field}", dimension, _get(device, field)
+        if device.region is not None:
+            yield from ((f"{device.name}.region.{field}", dimension, getattr(device.region, field)) for field, dimension in REGION_DIMENSIONS.items())
     links = [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]
     for link in {link.name: link for link in links}.values():
         yield from ((f"{link.name}.{field}", LINK_DIMENSIONS[field], getattr(link, field)) for field in ("alpha", "beta", "price"))
@@ -63,7 +69,7 @@ def _number(cluster: Cluster, name: str, said: str | float, dimension: str) -> f
         value = units.parse(said, dimension) if isinstance(said, str) else float(said)
     except (TypeError, ValueError) as error:
         raise ProfileError(f"the value is no {dimension}: {error}", where=where, mend="write a number with its unit, or a number in SI units") from None
-    free = dimension in ("price", "price per byte", "time")
+    free = dimension in ("price", "price per byte", "time", "cycles")
     if math.isnan(value) or value < 0 or (value == 0 and not free) or (dimension == "fraction" and value > 1) or (math.isinf(value) and not name.endswith(".ingest")):
         raise ProfileError(f"{value:g} is no {dimension} that a machine can have", where=where, mend="give a finite number above 0, a share at most 1")
     return value
@@ -96,6 +102,9 @@ def _put(cluster: Cluster, name: str, q: Quantity) -> Cluster:
             return d
         if field.startswith("peak."):
             return dataclasses.replace(d, peak={**d.peak, field.removeprefix("peak."): q})
+        if field.startswith("region."):
+            assert d.region is not None
+            return dataclasses.replace(d, region=dataclasses.replace(d.region, **{field.removeprefix("region."): q}))
         if field.startswith("memory."):
             return dataclasses.replace(d, memory=dataclasses.replace(d.memory, **{field.removeprefix("memory."): q}))
         return dataclasses.replace(d, **cast(Any, {field: q}))

@@ -17,7 +17,7 @@ from partition.costs import Cost, costs
 from partition.errors import NameUnknownError, PlacementError, TraceError, WorkError
 from partition.flow import Flow, Resident, flows
 from partition.graph import Role, Value
-from partition.hardware import Cluster
+from partition.hardware import Cluster, Mesh
 from partition.phases import Phase, Phases, is_weight
 from partition.sharding import Layout, layout
 from partition.work import Work, loop_trips, work
@@ -216,12 +216,21 @@ def on(problem: Problem, cluster: Cluster) -> Problem:
     return dataclasses.replace(problem, **_numbers(phases, problem.blocks, works, problem.layouts, cluster, trips))
 
 
+def _layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
+    """How many layers share a wafer: those of the model, over the wafers there are for them. 1 where a device has no regions."""
+    if mesh.device.region is None:
+        return 1.0
+    layers = max(phases.anatomy.layers.counts.values(), default=1)
+    alike = sum(m.count for m in cluster.meshes if m.device.name == mesh.device.name)
+    return max(1.0, layers / alike)
+
+
 def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work], splits: Sequence[Layout], cluster: Cluster, trips: int | None) -> dict[str, Any]:
     """What of a problem follows from the numbers of a cluster, but for what its meshes hold."""
     priced: dict[tuple[str, int], dict[int, Cost]] = {}
     for m, split in zip(cluster.meshes, splits, strict=True):
         if (m.device.name, m.count) not in priced:
-            priced[m.device.name, m.count] = costs(phases.program.graph, works, split, m, trips)
+            priced[m.device.name, m.count] = costs(phases.program.graph, works, split, m, trips, _layers_on(phases, cluster, m))
     found = _node_costs(blocks, [priced[m.device.name, m.count] for m in cluster.meshes])
     alpha, beta, money = _links(cluster)
     return {

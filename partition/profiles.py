@@ -18,11 +18,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from partition import units
 from partition.errors import NameUnknownError, ProfileError
-from partition.hardware import Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity
+from partition.hardware import Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity, Region
 
 _MEND = "write {{ value = \"{example}\", kind = \"published\", source = \"where it stands\" }}"  # fmt: skip
 _EXAMPLES = {"time": "15 us", "bytes": "96 GiB", "bandwidth": "400 Gbit/s", "compute": "667 TFLOP/s", "price": "2.24 $/h",
-             "price per byte": "0 $/GB", "power": "500 W", "fraction": "0.85"}  # fmt: skip
+             "price per byte": "0 $/GB", "power": "500 W", "fraction": "0.85", "frequency": "1.1 GHz", "number": "8", "cycles": "554", "throughput": "75 tokens/s"}  # fmt: skip
+
+
+ZERO = ("price per byte", "price", "time", "cycles")
+"""Dimensions of which there may be none."""
 
 
 def _quantity(dimension: str) -> Any:
@@ -45,7 +49,7 @@ def _quantity(dimension: str) -> Any:
             raise ValueError(f"a {dimension} is a finite number, got {raw['value']!r}")
         if dimension == "fraction" and not 0 < value <= 1:
             raise ValueError(f"a share lies above 0 and at most at 1, got {raw['value']!r}")
-        if value == 0 and dimension not in ("price per byte", "price", "time"):
+        if value == 0 and dimension not in ZERO:
             raise ValueError(f"a {dimension} of zero makes nothing run, got {raw['value']!r}")
         if raw.get("sparse", False) is not False:
             raise ValueError("a peak with sparsity is no dense one; state the dense peak, and keep the sparse one in its source")
@@ -70,7 +74,7 @@ def _band(raw: dict[str, Any], value: float, dimension: str) -> tuple[float | No
         raise ValueError(f"the value {raw['value']!r} lies outside of its band, {raw['low']!r} to {raw['high']!r}")
     if dimension == "fraction" and high > 1:
         raise ValueError(f"a share is at most 1, its band goes to {raw['high']!r}")
-    if low == 0 and dimension not in ("price per byte", "price", "time"):
+    if low == 0 and dimension not in ZERO:
         raise ValueError(f"a {dimension} of zero makes nothing run, the band goes to {raw['low']!r}")
     return low, high
 
@@ -98,6 +102,18 @@ class _Memory(_Strict):
     usable: _quantity("fraction")  # type: ignore[valid-type]
 
 
+class _Region(_Strict):
+    cores: _quantity("number")  # type: ignore[valid-type]
+    clock: _quantity("frequency")  # type: ignore[valid-type]
+    lanes: _quantity("number")  # type: ignore[valid-type]
+    fixed: _quantity("cycles")  # type: ignore[valid-type]
+    hop: _quantity("cycles")  # type: ignore[valid-type]
+    row_fixed: _quantity("cycles")  # type: ignore[valid-type]
+    row_hop: _quantity("cycles")  # type: ignore[valid-type]
+    mac: _quantity("cycles")  # type: ignore[valid-type]
+    side: _quantity("number") | None = None  # type: ignore[valid-type]
+
+
 class _Device(_Strict):
     name: Name
     title: Name
@@ -108,6 +124,7 @@ class _Device(_Strict):
     contraction_latency: _quantity("time")  # type: ignore[valid-type]
     price: _quantity("price")  # type: ignore[valid-type]
     power: _quantity("power")  # type: ignore[valid-type]
+    region: _Region | None = None
 
 
 class _Link(_Strict):
@@ -242,7 +259,7 @@ def device(name: str, beside: Path | None = None) -> Device:
     """Read a device profile by name or path. Raises ProfileError, NameUnknownError."""
     raw = _read(_find(name, "device", beside), "device")
     fields = {key: getattr(raw, key) for key in type(raw).model_fields}
-    return Device(**fields | {"memory": Memory(**dict(raw.memory))})
+    return Device(**fields | {"memory": Memory(**dict(raw.memory)), "region": None if raw.region is None else Region(**dict(raw.region))})
 
 
 def link(name: str, beside: Path | None = None) -> Link:

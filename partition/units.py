@@ -19,6 +19,10 @@ UNITS: dict[str, dict[str, float]] = {
     "price per byte": {"$/GB": 1e-9},
     "power": {"W": 1.0, "kW": 1e3},
     "fraction": {"": 1.0, "%": 1e-2},
+    "frequency": {"Hz": 1.0, "kHz": 1e3, "MHz": 1e6, "GHz": 1e9},
+    "number": {"": 1.0},
+    "cycles": {"": 1.0},
+    "throughput": {"tokens/s": 1.0},
 }
 """Dimension -> unit -> factor to SI. Prices are $/s inside."""
 

@@ -13,6 +13,7 @@ mend, never zero. Traffic is what a fusing compiler would move:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,23 +23,28 @@ from partition.graph import Graph, Op, Role, Tensor, bodies, trips_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """flops by dtype; bytes read and written; contractions: how many ops with a fixed time of their own. Adds up."""
+    """flops by dtype; bytes read and written; contractions: how many ops with a fixed time of their own, rows: of all of them. Adds up.
+
+    macs: multiply-adds of the contractions among the flops.
+    """
 
     flops: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read: Any = 0
     written: Any = 0
     contractions: Any = 0
+    rows: Any = 0
+    macs: Any = 0
 
     def __add__(self, other: Work) -> Work:
         flops = dict(self.flops)
         for dtype, n in other.flops.items():
             flops[dtype] = flops.get(dtype, 0) + n
         return Work(flops=flops, read=self.read + other.read, written=self.written + other.written,
-                    contractions=self.contractions + other.contractions)  # fmt: skip
+                    contractions=self.contractions + other.contractions, rows=self.rows + other.rows, macs=self.macs + other.macs)  # fmt: skip
 
     def __mul__(self, times: Any) -> Work:
         return Work(flops={d: n * times for d, n in self.flops.items()}, read=self.read * times, written=self.written * times,
-                    contractions=self.contractions * times)  # fmt: skip
+                    contractions=self.contractions * times, rows=self.rows * times, macs=self.macs * times)  # fmt: skip
 
     @property
     def total_flops(self) -> Any:
@@ -124,9 +130,19 @@ def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: se
         else:
             ins, outs = [tensors[t] for t in op.inputs], [tensors[t] for t in op.outputs]
             cost = _tiled(op, _rule_for(op)(op, ins, outs), tensors, weights, on_chip)
+            if op.primitive == "dot_general":
+                cost = dataclasses.replace(cost, rows=_rows(op, tensors, weights))
         found[op.id] = cost
         total = total + cost
     return total
+
+
+def _rows(op: Op, tensors: Sequence[Tensor], weights: frozenset[int]) -> Any:
+    """The rows that a contraction works on: what is free in the activation that meets a weight; of two activations, the fewer."""
+    contract, batch = op.params["dimension_numbers"]
+    free = [math.prod(n for d, n in enumerate(tensors[t].shape) if d not in (*contract[i], *batch[i])) for i, t in enumerate(op.inputs[:2])]
+    held = [t in weights for t in op.inputs[:2]]
+    return free[held.index(False)] if held.count(True) == 1 else min(free)
 
 
 def copies(op: Op) -> int:

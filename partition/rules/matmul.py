@@ -14,8 +14,8 @@ def _arithmetic(dtype: str) -> str:
     return "float32" if dtype in ("int32", "uint32", "int64", "uint64", "bool") else dtype
 
 
-def _work(flops: float, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
-    return Work(flops={_arithmetic(ins[0].dtype): flops}, read=sum(t.nbytes for t in ins), written=outs[0].nbytes, contractions=1)
+def _work(flops: float, ins: Sequence[Tensor], outs: Sequence[Tensor], rows: float = 0) -> Work:
+    return Work(flops={_arithmetic(ins[0].dtype): flops}, read=sum(t.nbytes for t in ins), written=outs[0].nbytes, contractions=1, rows=rows, macs=flops / 2)
 
 
 @rule("dot_general")
@@ -39,7 +39,7 @@ def ragged_dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) ->
     rows = math.prod(ins[0].shape[d] for d in numbers.lhs_ragged_dimensions)
     share = min(1.0, rows / groups) if numbers.rhs_group_dimensions else 1.0
     read = ins[0].nbytes + ins[1].nbytes * share + sum(t.nbytes for t in ins[2:])
-    return Work(flops={_arithmetic(ins[0].dtype): flops}, read=read, written=outs[0].nbytes, contractions=1)
+    return Work(flops={_arithmetic(ins[0].dtype): flops}, read=read, written=outs[0].nbytes, contractions=1, rows=rows, macs=flops / 2)
 
 
 @rule("conv_general_dilated")
@@ -47,4 +47,4 @@ def conv(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     """2 x result size x kernel size of one output feature."""
     spec = op.params["dimension_numbers"].rhs_spec
     kernel = math.prod(ins[1].shape[d] for d in spec[1:])
-    return _work(2 * outs[0].size * kernel, ins, outs)
+    return _work(2 * outs[0].size * kernel, ins, outs, rows=outs[0].size / outs[0].shape[op.params["dimension_numbers"].out_spec[1]])
