@@ -50,14 +50,18 @@ def holds(op: Op, primitives: frozenset[str]) -> bool:
     return op.primitive in primitives or any(holds(o, primitives) for body in bodies(op) for o in body.ops)
 
 
-_DISCRETISERS = frozenset({"argmax", "argmin", "top_k", "sort", "approx_top_k", "lt", "le", "gt", "ge", "eq", "ne"})
+_CASTS = frozenset({"convert_element_type", "bitcast_convert_type", "is_finite"})
+"""They make integers or truth values of floats without choosing."""
 
 
 def discretises(op: Op, tensors: Sequence[Tensor]) -> bool:
-    """Whether an op makes integers or truth values of floats by choosing; of an opaque op that makes them it is taken to choose."""
+    """Whether an op makes integers or truth values of floats by choosing: itself (an argmax, a comparison, an opaque op), or inside."""
     makes = any(not _floating(tensors[t]) for t in op.outputs)
     reads_floats = any(_floating(tensors[t]) for t in op.inputs)
-    return makes and reads_floats and (op.primitive in OPAQUE or holds(op, _DISCRETISERS))
+    inside = bodies(op)
+    if not makes or not reads_floats:
+        return False
+    return op.primitive not in _CASTS if not inside else any(discretises(o, tensors) for body in inside for o in body.ops)
 
 
 _INDICES = {"gather": 1, "dynamic_slice": 1, "scatter": 1, "scatter-add": 1, "dynamic_update_slice": 2}

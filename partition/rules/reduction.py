@@ -34,3 +34,11 @@ def sort(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     depth = math.ceil(math.log2(length)) if isinstance(length, int) and length > 1 else 1
     flops = {ins[0].dtype: ins[0].size * depth} if "float" in ins[0].dtype else {}
     return Work(flops=flops, read=sum(t.nbytes for t in ins), written=sum(t.nbytes for t in outs))
+
+
+@rule("SearchSorted", "searchsorted")
+def search(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """log2 n comparisons for each value that is looked for; what is searched lies in memory."""
+    length = ins[0].shape[op.params.get("dimension", -1)] if ins[0].shape else 1
+    depth = math.ceil(math.log2(length)) if isinstance(length, int) and length > 1 else 1
+    return Work(flops={ins[0].dtype: outs[0].size * depth} if "float" in ins[0].dtype else {}, read=ins[0].nbytes + ins[1].nbytes, written=outs[0].nbytes)
