@@ -129,6 +129,9 @@ def _request(first: _Flat, step: _Flat, match: _Match, new_tokens: int) -> Joint
     logits = (-1, -1) if match.token is None else (_logits(first, joined[0]), _logits(step, joined[1]))
     start, counted = (0, "") if match.position is None else _start(first, step, match)
 
+    words = {n: looked_up(step.graph, step.graph.inputs[n]) for n in match.carried if step.ins[n].integral}
+    chosen = max(words, key=lambda n: words[n], default=None)
+
     def rest(call: _Flat, out: Sequence[Any], which: int) -> list[Any]:
         return [x for n, x in enumerate(out) if n not in joined[which] and n not in call.same]
 
@@ -150,11 +153,15 @@ def _request(first: _Flat, step: _Flat, match: _Match, new_tokens: int) -> Joint
                 moving[match.position] = jnp.broadcast_to(jnp.asarray(start + i, aval.dtype), aval.shape)
             out = step.fn([moving[n] for n in range(len(step.ins))])
             token = choose(out, 1)
-            return ({n: out[b] for n, (_, b) in match.carried.items()}, token), (token, rest(step, out, 1))
+            state = {n: out[b] for n, (_, b) in match.carried.items()}
+            return (state, token), (spoken(state, token), rest(step, out, 1))
+
+        def spoken(state: Mapping[int, Any], token: Any) -> Any:
+            return token if token is not None or chosen is None else state[chosen]
 
         state, token = {n: out[a] for n, (a, _) in match.carried.items()}, choose(out, 0)
         _, (tokens, later) = jax.lax.scan(body, (state, token), jnp.arange(new_tokens - 1))
-        return {"tokens": (token, tokens), "prefill": rest(first, out, 0), "decode": later}
+        return {"tokens": (spoken(state, token), tokens), "prefill": rest(first, out, 0), "decode": later}
 
     replaced = {step.ins[n].name for n in (*match.carried, *match.steady)}  # an argument of both that prefill's result takes over
     weights = [leaf.keys[0] == "[0]" and leaf.name not in replaced for leaf in first.ins]
@@ -250,7 +257,11 @@ def _match(first: _Flat, step: _Flat) -> _Match:
     for n in left:
         if n not in tokens[:2]:
             raise _unfed(step.ins[n], first, step)
+    fed = max((looked_up(step.graph, step.graph.inputs[n]) for n in carried if step.ins[n].integral), default=0)
+    if fed and all(rows[n] < fed for n in tokens):  # the token is among the state: decode returns what it chose
+        tokens = [-1, *tokens]
     token, position = (*tokens, None, None)[:2]
+    token = None if token == -1 else token
     return _Match(carried=carried, steady=steady, shared=shared, own=tuple(own), token=token, position=position)
 
 

@@ -85,42 +85,81 @@ def names(graph: Graph, slot: int) -> bool:
     return False
 
 
+_Bits = tuple[int, int, int, int]
+_NONE: _Bits = (0, 0, 0, 0)
+
+
 def feedback(body: Graph, slots: range) -> tuple[list[int], list[str]]:
     """Which carry slots (by position among the body's outputs) bring a chosen token back, and why.
 
     `slots` are the positions of the carry among the body's inputs; the outputs start with the carry in the same order.
     """
     tensors = body.tensors
-    reach: dict[int, int] = {body.inputs[i]: 1 << n for n, i in enumerate(slots)}
-    mixed: dict[int, int] = {}  # slots that come through a contraction
-    chosen: dict[int, int] = {}  # ... and then through a discretiser
-    plain: dict[int, int] = dict(reach)  # slots with some path free of discretisers
-    for op in body.ops:
+    known: dict[int, _Bits] = {body.inputs[i]: (1 << n, 0, 0, 1 << n) for n, i in enumerate(slots)}
+    _sweep(body, known)
+    found, why = [], []
+    for n, i in enumerate(slots):
+        _, mixed, chosen, plain = known.get(body.outputs[n], _NONE)
+        into, bit = tensors[body.inputs[i]], 1 << n
+        if not _floating(into) and into.dtype != "bool" and chosen & bit and names(body, into.id):
+            found.append(n)
+            why.append(f"slot {n} ({into.dtype}{list(into.shape)}) comes back through a contraction and then a choice")
+        elif _floating(into) and mixed & bit and not plain & bit:
+            found.append(n)
+            why.append(f"slot {n} ({into.dtype}{list(into.shape)}) comes back through a choice on every path")
+    return found, why
+
+
+def _sweep(level: Graph, known: dict[int, _Bits]) -> None:
+    """Carry on, from tensor to tensor, which slots each depends on: at all, through a contraction, then a choice, without any choice."""
+    tensors = level.tensors
+    for op in level.ops:
         r = m = c = p = 0
         for t in op.inputs:
-            r |= reach.get(t, 0)
-            m |= mixed.get(t, 0)
-            c |= chosen.get(t, 0)
-            p |= plain.get(t, 0)
+            if t in known:
+                x = known[t]
+                r, m, c, p = r | x[0], m | x[1], c | x[2], p | x[3]
         if not r:
             continue
-        if holds(op, CONTRACTIONS):
+        if bodies(op):
+            _sweep_inside(op, known)
+            continue
+        if op.primitive in CONTRACTIONS:
             m |= r
         chooses = discretises(op, tensors)
         for t in op.outputs:
             integral = chooses and not _floating(tensors[t])
-            reach[t], mixed[t], chosen[t], plain[t] = r, m, c | m if integral else c, 0 if integral else p
-    found, why = [], []
-    for n, i in enumerate(slots):
-        out, into = body.outputs[n], tensors[body.inputs[i]]
-        bit = 1 << n
-        if not _floating(into) and chosen.get(out, 0) & bit and (into.dtype == "bool" or names(body, into.id)):
-            found.append(n)
-            why.append(f"slot {n} ({into.dtype}{list(into.shape)}) comes back through a contraction and then a choice")
-        elif _floating(into) and mixed.get(out, 0) & bit and not plain.get(out, 0) & bit:
-            found.append(n)
-            why.append(f"slot {n} ({into.dtype}{list(into.shape)}) comes back through a choice on every path")
-    return found, why
+            known[t] = (r, m, c | m if integral else c, 0 if integral else p)
+
+
+def _sweep_inside(op: Op, known: dict[int, _Bits]) -> None:
+    """The same through a loop, until its carry brings nothing new, or through branches; what decides for a branch is in all results."""
+    loop, inside = op.loop, bodies(op)
+    for inner, outer in entries(op):
+        known[inner] = _join(known.get(inner, _NONE), known.get(outer, _NONE))
+    for _ in range(4 if loop is not None else 1):
+        for body in inside:
+            _sweep(body, known)
+        if loop is None:
+            break
+        carry = list(zip(loop.body.inputs[loop.consts :], loop.body.outputs[: loop.carry], strict=False))
+        joined = {i: _join(known.get(i, _NONE), known.get(o, _NONE)) for i, o in carry}
+        if all(known.get(i, _NONE) == bits for i, bits in joined.items()):
+            break
+        known.update(joined)
+    decides = known.get(op.inputs[0], _NONE) if op.primitive == "cond" else _NONE
+    for n, t in enumerate(op.outputs):
+        bits = decides
+        for body in (loop.body,) if loop is not None else inside:
+            if n < len(body.outputs):
+                bits = _join(bits, known.get(body.outputs[n], _NONE))
+        if loop is not None and n < loop.carry:
+            bits = _join(bits, known.get(op.inputs[loop.cond_consts + loop.consts + n], _NONE))
+        known[t] = bits
+
+
+def _join(a: _Bits, b: _Bits) -> _Bits:
+    return (a[0] | b[0], a[1] | b[1], a[2] | b[2], a[3] | b[3])
 
 
 def looked_up(graph: Graph, slot: int) -> int:
@@ -227,7 +266,10 @@ def find_token_loop(program: Program, loop: int | None = None) -> TokenLoops:
         why, known = "the caller says so", any(o is given for o, _ in found)
         return _loops(given, why if known else f"{why}; no token that it chooses comes back", 1.0, found)
     if program.joint is not None:  # the request was made here: its token loop is the last thing that it does
-        op = next(o for o in reversed(graph.ops) if o.loop is not None and o.loop.trips == program.joint.trips)
+        last = next((o for o in reversed(graph.ops) if o.loop is not None and o.loop.trips == program.joint.trips), None)
+        if last is None:
+            raise PhaseError("nothing that the joined request returns depends on its decode steps", where=program.entry.name, mend="let decode return logits or the chosen token")
+        op = last
         return _loops(op, "; ".join(("it runs the decode callable once a token", *program.joint.how)), 1.0, found)
     if not found and nested:
         raise PhaseError("the token loop lies inside another loop or branch", where="; ".join(f"op {o.id} at {program.source(o)}" for o in nested),

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from partition.graph import Graph, Op, Role, Tensor, weights
-from partition.loops import CONTRACTIONS, Finding, discretises, holds
+from partition.loops import CONTRACTIONS, Finding, discretises, holds, looked_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,9 +166,9 @@ def _reads(graph: Graph, ops: Iterable[Op]) -> tuple[int, int, int]:
     made = [(tensors[t].shape, tensors[t].dtype) for op in ops for t in op.outputs if t in graph.outputs]
     state = [t for t in used if tensors[t].shape and (tensors[t].shape, tensors[t].dtype) in made]
     state = state if len(state) < len(used) else []  # what a pass reads is not all state
-    ids = [tensors[t] for t in used - set(state) if "int" in tensors[t].dtype and tensors[t].shape]
-    if ids:
-        shape = max(ids, key=lambda t: t.size).shape
+    ids = [t for t in used - set(state) if "int" in tensors[t].dtype and tensors[t].shape]
+    if ids:  # tokens are what is looked up in the largest table
+        shape = tensors[max(ids, key=lambda t: (looked_up(graph, t), tensors[t].size, -t))].shape
         if len(shape) > 1:
             return int(shape[-1]), int(math.prod(shape[:-1])), len(state)
         return (1, int(shape[0]), len(state)) if state else (int(shape[0]), 1, 0)

@@ -150,7 +150,7 @@ def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str,
     if given:
         _hold(graph, of, program)
         findings = (Finding(what=f"{len(given)} ops are of the phase given", why="the caller says so", confidence=1.0), *findings)
-    handoff = _handoff(graph, of) if token_loop is None else _loop_handoff(graph, token_loop, of)
+    handoff = _handoff(graph, of) if token_loop is None else _loop_handoff(graph, (*loops.others, token_loop), of)
     return Phases(program=program, of=of, loop=token_loop.id if token_loop else None, handoff=handoff, findings=findings, batch=batch)
 
 
@@ -238,18 +238,19 @@ def _handoff(graph: Graph, of: Mapping[int, Phase]) -> tuple[Crossing, ...]:
     return tuple(crossings.values())
 
 
-def _loop_handoff(graph: Graph, token_loop: Op, of: Mapping[int, Phase]) -> tuple[Crossing, ...]:
-    loop = token_loop.loop
-    assert loop is not None
-    first = loop.cond_consts + loop.consts
+def _loop_handoff(graph: Graph, token_loops: Sequence[Op], of: Mapping[int, Phase]) -> tuple[Crossing, ...]:
     crossings: dict[int, Crossing] = {}
-    for n, t in enumerate(token_loop.inputs):
-        made_by = graph.producer.get(t)
-        if made_by is None or of[made_by.id] is not Phase.PREFILL or t in crossings:
-            continue
-        slot = n - first
-        cache = 0 <= slot < loop.carry and written(loop.body, loop.body.outputs[slot], loop.body.inputs[loop.consts + slot])
-        crossings[t] = Crossing(tensor=t, kind="cache" if cache else "value", nbytes=graph.tensors[t].nbytes, scope=made_by.scope)
+    for op in token_loops:
+        loop = op.loop
+        assert loop is not None
+        first = loop.cond_consts + loop.consts
+        for n, t in enumerate(op.inputs):
+            made_by = graph.producer.get(t)
+            if made_by is None or of[made_by.id] is not Phase.PREFILL or t in crossings:
+                continue
+            slot = n - first
+            cache = 0 <= slot < loop.carry and written(loop.body, loop.body.outputs[slot], loop.body.inputs[loop.consts + slot])
+            crossings[t] = Crossing(tensor=t, kind="cache" if cache else "value", nbytes=graph.tensors[t].nbytes, scope=made_by.scope)
     return tuple(crossings.values())
 
 

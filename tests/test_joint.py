@@ -230,3 +230,22 @@ def test_a_state_that_looks_like_the_logits_is_not_guessed() -> None:
         pt.trace(**pair, new_tokens=NEW)
     program = pt.trace(**pair, new_tokens=NEW, feed=lambda out, i: (jnp.argmax(out[0], -1).astype(jnp.int32), out[1]))
     assert pt.tag(program).loop is not None
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_callables_that_choose_the_token_themselves(inside: bool) -> None:
+    """Both return the token where decode takes it; the position is an argument of its own, or part of the state."""
+    prefill, decode, state, cache, want = llama_parts()
+
+    def first(w: Any, tokens: Any) -> Any:
+        logits, cache = prefill(w, tokens)
+        return jnp.argmax(logits, -1).astype(jnp.int32), (cache, jnp.int32(12)) if inside else cache
+
+    def step(w: Any, token: Any, held: Any, *position: Any) -> Any:
+        cache, at = held if inside else (held, *position)
+        logits, cache = decode(w, token, cache, at)
+        return jnp.argmax(logits, -1).astype(jnp.int32), (cache, at + 1) if inside else cache
+
+    held = (cache, spec(np.int32)) if inside else cache
+    args = (state, spec(np.int32, 2), held) + (() if inside else (spec(np.int32),))
+    hold(pt.trace(prefill=(first, (state, TOKENS)), decode=(step, args), new_tokens=NEW), want, 3)

@@ -1,5 +1,6 @@
 """Token loops: opaque and unusual samplers, integers that are no tokens, batches, and how often a while runs."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.experimental import pallas
 
 import partition as pt
 from partition.phases import Phase
-from tests.test_parts import PROMPT, V, caches, forward, generate, greedy, weights
+from tests.test_parts import PROMPT, V, attend, caches, forward, generate, greedy, mlp, norm, weights
 
 
 def argmax_kernel(logits: Any) -> Any:
@@ -202,3 +203,105 @@ def test_a_cache_among_the_variables_is_state() -> None:
         phases = pt.tag(program)
         assert {phases.of[o.id] for o in program.graph.ops if o.primitive == "dot_general"} == {Phase.DECODE}
         assert pt.plan(program, cluster="trn2_efa_cs3").how[0].startswith("one phase")
+
+
+def test_a_prompt_read_in_a_loop_over_scanned_layers_is_prefill() -> None:
+    """Linen's own cache counts where it is; inside of the layers' scan a mask compares that count, which chooses nothing."""
+    from flax import linen
+
+    class Layer(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            x = x + linen.MultiHeadDotProductAttention(4, decode=True)(linen.RMSNorm()(x))
+            return x + linen.Dense(32)(linen.gelu(linen.Dense(48)(linen.RMSNorm()(x)))), None
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, tokens: Any) -> Any:
+            stack = linen.scan(Layer, variable_axes={"params": 0, "cache": 0}, split_rngs={"params": True}, length=3)
+            return linen.Dense(V)(stack()(linen.Embed(V, 32)(tokens), None)[0])
+
+    model = Model()
+    variables = model.init(jax.random.key(0), jnp.zeros((2, 12), jnp.int32))
+
+    def read(params: Any, cache: Any, token: Any) -> Any:
+        logits, new = model.apply({"params": params, "cache": cache}, token[:, None], mutable=["cache"])
+        return new["cache"], logits[:, -1]
+
+    def prefill(params: Any, cache: Any, tokens: Any) -> Any:
+        return lax.scan(lambda c, t: read(params, c, t), cache, tokens.T)
+
+    def whole(params: Any, cache: Any, tokens: Any) -> Any:
+        cache, logits = prefill(params, cache, tokens)
+
+        def step(carry: Any, _: Any) -> Any:
+            cache, logits = read(params, carry[1], carry[0])
+            return (greedy(logits), cache), carry[0]
+
+        return lax.scan(step, (greedy(logits[-1]), cache), None, length=4)[1]
+
+    args = variables["params"], variables["cache"], PROMPT
+    assert set(pt.tag(pt.trace(prefill, *args)).of.values()) == {Phase.PREFILL}
+    program = pt.trace(whole, *args)
+    phases = pt.tag(program)
+    assert [phases.of[o.id] for o in program.graph.ops if o.loop is not None] == [Phase.PREFILL, Phase.DECODE]
+    assert phases.batch == 2 and sum(c.kind == "cache" for c in phases.handoff) == 2
+    assert pt.plan(program, cluster="trn2_efa_cs3").estimate.ttft > 0
+
+
+def test_layers_that_stop_early_are_no_token_loop() -> None:
+    """Sequences that are sure enough leave the stack of layers: a truth value for each comes back through a contraction and a comparison."""
+    w = weights(3)
+    stack = jax.tree.map(lambda *x: np.stack(x), *w["layers"])
+
+    def early(w: Any, tokens: Any, cache: Any, pos: Any) -> Any:
+        def one(carry: Any, given: Any) -> Any:
+            (x, done), (layer, state) = carry, given
+            y, state = attend(layer, norm(x), state, pos)
+            y = jnp.where(done[:, None, None], x, x + y + mlp(layer, norm(x + y)))
+            return (y, done | (jax.nn.softmax((norm(y) @ w["h"])[:, -1]).max(-1) > 0.9)), state
+
+        (x, _), new = lax.scan(one, (w["e"][tokens], jnp.zeros(2, bool)), (w["stack"], cache))
+        return norm(x) @ w["h"], new
+
+    given = {"e": w["e"], "h": w["h"], "stack": stack}
+    fn = functools.partial(generate, forward=early, state=lambda batch: tuple(jnp.zeros((3, batch, 12, 4, 8)) for _ in "kv"))
+    program = pt.trace(fn, given, PROMPT)
+    phases = pt.tag(program)
+    assert [phases.of[o.id] for o in program.graph.ops if o.loop is not None] == [Phase.PREFILL, Phase.DECODE]
+    assert sum(c.kind == "cache" for c in phases.handoff) == 2
+
+
+def paged(w: Any, token: Any, table: Any, pool: Any, pos: Any) -> Any:
+    """One step over a cache of pages: `table` [B, pages] says where those of each sequence lie."""
+    x, rows = w["e"][token][:, None], jnp.arange(2)
+    k = x @ w["layers"][0]["k"]
+    pool = pool.at[table[rows, pos // 4], pos % 4].set(k[:, 0])
+    keys = pool[table].reshape(2, -1, 32)
+    scores = jnp.where(jnp.arange(keys.shape[1]) <= pos[:, None, None], jnp.einsum("btd,bsd->bts", x @ w["layers"][0]["q"], keys), -1e9)
+    return (x + jax.nn.softmax(scores) @ keys) @ w["h"], pool
+
+
+def masked(w: Any, token: Any, mask: Any, cache: Any, pos: Any) -> Any:
+    """One step with a mask of integers [B, T] over the cache."""
+    logits, cache = forward(w, token[:, None], cache, pos)
+    return logits + mask.sum(), cache
+
+
+def test_a_decode_step_with_other_integers_than_its_tokens_is_decode() -> None:
+    token, page = np.ones(2, np.int32), np.arange(6, dtype=np.int32).reshape(2, 3)
+    for fn, args in (
+        (paged, (weights(1), token, page, np.zeros((6, 4, 32), np.float32), np.array([3, 5], np.int32))),
+        (masked, (weights(), token, np.ones((2, 12), np.int32), jax.tree.map(np.asarray, caches(2)), np.int32(3))),
+    ):
+        phases = pt.tag(pt.trace(fn, *args))
+        assert set(phases.of.values()) <= {Phase.DECODE, Phase.NONE} and phases.batch == 2
+
+
+def test_what_two_models_of_one_program_hand_on_is_all_told() -> None:
+    def both(w: Any, tokens: Any) -> Any:
+        return generate(w[0], tokens), generate(w[1], tokens)
+
+    phases = pt.tag(pt.trace(both, (weights(), weights()), PROMPT))
+    assert sum(c.kind == "cache" for c in phases.handoff) == 8
+    assert "router" not in phases.anatomy.kind.values()

@@ -370,3 +370,89 @@ def test_heads(fn: Any, layers: Any) -> None:
     if fn is turns:
         first, second = [op for op in phases.program.graph.ops if op.loop is not None]
         assert phases.loop == second.id and phases.of[first.id] is Phase.DECODE
+
+
+def chunks_in_python(w: Any, tokens: Any) -> Any:
+    """The prompt in two chunks, written one after the other."""
+    _, cache = forward(w, tokens[:, :3], caches(2, 3), 0)
+    logits, cache = forward(w, tokens[:, 3:], cache, 3)
+
+    def step(carry: Any, _: Any) -> Any:
+        token, cache, pos = carry
+        logits, cache = forward(w, token[:, None], cache, pos)
+        return (greedy(logits[:, -1]), cache, pos + 1), token
+
+    return lax.scan(step, (greedy(logits[:, -1]), cache, jnp.int32(6)), None, length=4)[1]
+
+
+def test_layers_of_chunks_in_python_are_those_of_the_model() -> None:
+    phases = hold(chunks_in_python, weights(3), PROMPT, layers={"top": 3, "body": 3})
+    assert len({bytes_ for n, bytes_ in phases.handoff_by_layer.items() if n is not None}) == 1
+
+
+def counted(w: Any, tokens: Any, cache: Any, pos: Any, form: str = "fori") -> Any:
+    """Layers by their number: a loop that takes the weights of each from a stack."""
+    stack = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(a) for a in x]), *w["layers"])
+    keys, values = cache
+
+    def layer(i: Any, carry: Any) -> Any:
+        x, keys, values = carry
+        own = jax.tree.map(lambda a: a[i] if form == "fori" else lax.dynamic_index_in_dim(a, i, keepdims=False), stack)
+        y, (k, v) = attend(own, norm(x), (keys[i], values[i]), pos)
+        x = x + y
+        return x + mlp(own, norm(x)), keys.at[i].set(k), values.at[i].set(v)
+
+    x = jnp.asarray(w["e"])[tokens]
+    if form == "fori":
+        x, keys, values = lax.fori_loop(0, 3, layer, (x, keys, values))
+    else:
+        (x, keys, values), _ = lax.scan(lambda c, i: (layer(i, c), None), (x, keys, values), jnp.arange(3))
+    with scope("k_head"):
+        return norm(x) @ w["h"], (keys, values)
+
+
+@pytest.mark.parametrize("form", ["fori", "scan"])
+def test_layers_by_number(form: str) -> None:
+    state = lambda batch: tuple(jnp.zeros((3, batch, 12, H, D // H)) for _ in "kv")  # noqa: E731
+    hold(functools.partial(generate, forward=functools.partial(counted, form=form), state=state), weights(3), PROMPT, layers={"top": 3, "body": 3})
+
+
+def scaled(w: Any, tokens: Any, cache: Any, pos: Any) -> Any:
+    """The stream is scaled as it is added to."""
+    x, new = w["e"][tokens], []
+    for layer, state in zip(w["layers"], cache, strict=True):
+        y, state = attend(layer, norm(x), state, pos)
+        x = layer["a"][0] * x + y
+        x = layer["a"][1] * x + mlp(layer, norm(x))
+        new.append(state)
+    with scope("k_head"):
+        return norm(x) @ w["h"], new
+
+
+def test_a_stream_that_is_scaled() -> None:
+    hold(functools.partial(generate, forward=scaled), weights(a=(2,)), PROMPT, layers=TWO)
+
+
+def hybrid(pattern: str) -> Any:
+    """Recurrences (m) and attention (a) without an MLP between them."""
+
+    def forward(w: Any, tokens: Any, cache: Any, pos: Any) -> Any:
+        x, new = w["e"][tokens], []
+        for kind, layer, state in zip(pattern, w["layers"], cache, strict=True):
+            y, state = (attend if kind == "a" else retention)(layer, norm(x), state, pos)
+            x = x + y
+            new.append(state)
+        with scope("k_head"):
+            return norm(x) @ w["h"], new
+
+    def state(batch: int) -> Any:
+        return [caches(batch, 1)[0] if kind == "a" else jnp.zeros((batch, H, D // H, D // H)) for kind in pattern]
+
+    return functools.partial(generate, forward=forward, state=state)
+
+
+@pytest.mark.parametrize("pattern", ["a", "ma", "am", "mma", "mamama", "mmamma", "mmmamm"])
+def test_hybrids_without_mlps(pattern: str) -> None:
+    n = len(pattern)
+    phases = pt.tag(pt.trace(hybrid(pattern), weights(n), PROMPT))
+    assert dict(phases.anatomy.layers.counts) == {"top": n, "body": n}

@@ -89,6 +89,7 @@ class _Numbering:
         self.known: dict[Hashable, tuple[int, str]] = {}
         self.aside: set[int] = set()
         self.region = ""
+        self.streams = False
         self.reach: dict[int, tuple[int, ...]] = {}
         self.depth: dict[int, tuple[int, int]] = {}
         self.next = 0
@@ -99,15 +100,23 @@ class _Numbering:
     def level(self, ops: Sequence[Op]) -> None:
         """Number the contractions of a level and of what it holds."""
         for group in _components(ops, self.weights):
+            self.streams = any(op.id in self.marked.residuals for op in _all(group))
+            order = self.ordered(group)
+            last = {self.keys(op): op for op in sorted(order, key=lambda op: self.depth[op.id])}
             plain: list[Op] = []
-            for op in self.ordered(group):
+            for op in order:
                 if not bodies(op):
-                    plain.append(op)
+                    plain += [op] if last[self.keys(op)] is op else []  # of several uses of a weight, the last one tells
                     continue
                 self.units(plain)
                 plain = []
                 self.inner(op)
             self.units(plain)
+            self.number.update((op.id, n) for op in order if (n := self.number.get(last[self.keys(op)].id)) is not None and not bodies(op))
+
+    def keys(self, op: Op) -> Hashable:
+        """What tells a contraction from others: its weights; a loop is itself."""
+        return op.id if bodies(op) else tuple(self.weights.key(t) for t in self.weights.of(op))
 
     def inner(self, op: Op) -> None:
         """Number what a scan over stacked weights holds: its body's layers, once a trip."""
@@ -184,27 +193,35 @@ class _Numbering:
             return
         depth = [self.depth[op.id] for op in marks]
         mixes = [op.id in self.marked.mixers for op in marks]
-        streams = len({r for _, r in depth}) > 1  # with a residual stream, a layer ends at an addition to it
+        streams = self.streams  # with a residual stream, a layer ends at an addition to it
         may_end = [a[0] < b[0] and (a[1] < b[1] or not streams) for a, b in itertools.pairwise(depth)]
         steps = [tuple((x > y) - (x < y) for x, y in zip(a, b, strict=True)) for a, b in itertools.pairwise(depth)]
         first, period, count = repeats([self.sign(op) for op in marks], may_end, mixes, steps)
         attends = all(mixes[first : first + period]) and all(op.id not in self.marked.recurrent for op in marks[first : first + period])
-        if count < 2 or (attends and not all(mixes)):  # attention to itself and to an encoder are one layer, with what follows
+        if count < 2 or 2 * count * period < len(marks) or (attends and not all(mixes)):  # attention to itself and to an encoder are one layer, with what follows
             self.mixing(marks)
             return
         self.units(marks[:first])
         for i in range(count):
             unit = marks[first + i * period : first + (i + 1) * period]
-            if len(_runs([op.id in self.marked.mixers for op in unit])) > 1:
-                self.mixing(unit)
+            if len(self.begins(unit)) > 1:
+                self.units(unit)
             else:
                 self.take(unit)
         self.units(marks[first + count * period :])
 
+    def begins(self, marks: Sequence[Op]) -> list[int]:
+        """Where a layer begins in a run of contractions: with mixers, and where these turn from one kind to the other behind a residual."""
+        found = set(_runs([op.id in self.marked.mixers for op in marks]))
+        for n, (a, b) in enumerate(itertools.pairwise(marks), 1):
+            both = a.id in self.marked.mixers and b.id in self.marked.mixers
+            if both and (a.id in self.marked.recurrent) != (b.id in self.marked.recurrent) and self.depth[a.id][1] < self.depth[b.id][1]:
+                found.add(n)
+        return sorted(found)
+
     def mixing(self, marks: Sequence[Op]) -> None:
-        """A layer from each run of mixers to the next."""
-        begins = _runs([op.id in self.marked.mixers for op in marks])
-        for begin, end in itertools.pairwise([*begins, len(marks)]):
+        """A layer from each place where one begins to the next."""
+        for begin, end in itertools.pairwise([*self.begins(marks), len(marks)]):
             self.take(marks[begin:end])
 
     def take(self, marks: Sequence[Op]) -> None:
@@ -233,7 +250,8 @@ class _Numbering:
         outside, residuals = self.marked.outside, self.marked.residuals
         for op in ops:
             if op.id not in self.number and op.id not in outside:
-                makers = [level[t] for t in op.inputs if t in level]
+                updates = {"dynamic_update_slice": op.inputs[1:2]}.get(op.primitive, op.inputs[2:] if op.primitive.startswith("scatter") else op.inputs)
+                makers = [level[t] for t in updates if t in level]
                 own = {self.number[m.id] for m in makers if m.id in self.number and m.id not in residuals}
                 if len(own) == 1 or (own and op.primitive in CONTRACTIONS):
                     self.number[op.id] = max(own)

@@ -35,16 +35,33 @@ class Weights:
         self.maker = {t: op for op in graph.walk() for t in op.outputs}
         params = weights(graph)
         self.all = params | {inner for inner, outer in self.root.items() if outer in params}
-        self._enter(graph)
+        self.taken: set[int] = set()
+        self.counted: set[int] = set()  # loops that take a weight by the number of the trip
+        self._enter(graph, set())
 
-    def _enter(self, level: Graph) -> None:
+    def _enter(self, level: Graph, counters: set[int]) -> None:
+        """counters: integers that say which trip it is, or are made of such."""
+        plain: set[int] = set()  # made of literals and constants alone
         for op in level.ops:
+            fixed = [t in counters or t in plain or level.tensors[t].role in (Role.CONST, Role.LITERAL) for t in op.inputs]
+            if all(fixed) and counters.isdisjoint(op.inputs):
+                plain.update(op.outputs)
+            if not counters.isdisjoint(op.inputs) and all(fixed) and level.tensors[op.outputs[0]].dtype.startswith(("int", "uint", "bool")):
+                counters.update(op.outputs)
+            if op.primitive in ("dynamic_slice", "gather") and op.inputs[0] in self.all and not counters.isdisjoint(op.inputs) and all(fixed[1:]):
+                self.all.update(op.outputs)
+                self.taken.update(op.outputs)
             steady = all(t in self.all or level.tensors[t].role in (Role.CONST, Role.LITERAL) for t in op.inputs)
             if steady and not self.all.isdisjoint(op.inputs) and (op.loop is None or not op.loop.carry):
                 self.all.update(op.outputs)
             self.all.update(inner for inner, outer in operands(op) if outer in self.all)
             for body in bodies(op):
-                self._enter(body)
+                inside = {t for t in body.inputs if "int" in level.tensors[t].dtype and not level.tensors[t].shape} if op.loop is not None else set[int]()
+                inside |= {inner for inner, outer in operands(op) if outer in counters}
+                before = len(self.taken)
+                self._enter(body, inside)
+                if op.loop is not None and op.loop.trips and len(self.taken) > before:
+                    self.counted.add(op.id)
 
     def __contains__(self, t: int) -> bool:
         return t in self.all
@@ -66,8 +83,10 @@ class Weights:
             t = op.inputs[0]
 
     def stacked(self, op: Op) -> bool:
-        """Whether an op is a scan over weights, a slice of them a trip."""
+        """Whether an op is a loop over weights, a slice of them a trip."""
         loop = op.loop
+        if op.id in self.counted:
+            return True
         return loop is not None and loop.kind == "scan" and bool(loop.trips) and any(t in self.all for t in op.inputs[loop.consts + loop.carry :])
 
 
@@ -108,15 +127,33 @@ class Level:
         return op.inputs[0] in self.weights and len(self.tensors[op.inputs[0]].shape) == 2
 
     def selects(self, op: Op) -> bool:
-        """Whether an op takes some of many matrices of weights: those of the experts that were chosen."""
-        return op.primitive in ("gather", "dynamic_slice") and op.inputs[0] in self.weights and len(self.tensors[op.inputs[0]].shape) > 2
+        """Whether an op takes some of many matrices of weights, and not by the number of a trip: those of the experts that were chosen."""
+        many = op.primitive in ("gather", "dynamic_slice") and op.inputs[0] in self.weights and len(self.tensors[op.inputs[0]].shape) > 2
+        return many and op.outputs[0] not in self.weights.taken
 
     def _residual(self, op: Op) -> bool:
         """Whether an addition is of two activations of one shape, one of which is read elsewhere too: a residual stream goes on."""
         if len(op.inputs) != 2 or self.weights.of(op) or not self.weights.states.isdisjoint((*op.inputs, *op.outputs)):
             return False
         a, b = (self.tensors[t].shape for t in op.inputs)
-        return a == b and len(a) > 1 and any(len(self.readers.get(t, ())) > 1 or t not in self.maker for t in op.inputs)
+        return a == b and len(a) > 1 and any(map(self._goes_on, op.inputs))
+
+    def _goes_on(self, t: int) -> bool:
+        """Whether a tensor, or what it is a multiple of, is read elsewhere too or comes from outside."""
+        for _ in range(3):
+            if len(self.readers.get(t, ())) > 1 or t not in self.maker:
+                return True
+            op = self.maker[t]
+            moving = [i for i in op.inputs if not self._single(i)]
+            if op.primitive not in ("mul", "div", "convert_element_type") or len(moving) != 1:
+                return False
+            t = moving[0]
+        return False
+
+    def _single(self, t: int) -> bool:
+        """Whether a tensor is one number, or one that was broadcast."""
+        op = self.maker.get(t)
+        return self.tensors[t].size == 1 or (op is not None and op.primitive == "broadcast_in_dim" and (not op.inputs or self.tensors[op.inputs[0]].size == 1))
 
     @functools.cached_property
     def leads(self) -> set[int]:

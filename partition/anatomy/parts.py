@@ -47,9 +47,13 @@ class Parts(dict[int, Kind]):
 def contractions(g: Level, parts: Parts) -> Iterable[Level]:
     """Tell the contractions of a level and of all that it holds; gives the levels, the inner ones first."""
     parts.residuals |= g.residuals
+    told = [op for op in g.nests if not parts.weights.stacked(op) and any(Level(body, parts.weights, ()).whole for body in bodies(op))]
+    for op in told:  # whole passes over a model: their heads are heads here too
+        for body in bodies(op):
+            yield from contractions(Level(body, parts.weights, (), above=g.tokens), parts)
     _heads(g, parts, known=True)
     _routers(g, parts)
-    for op in g.nests:
+    for op in (o for o in g.nests if o not in told):
         parts.routed.update(inner for inner, outer in entries(op) if outer in parts.routed)
         for body in bodies(op):
             yield from contractions(Level(body, parts.weights, (), stacked=parts.weights.stacked(op), above=g.tokens), parts)
