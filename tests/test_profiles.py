@@ -168,6 +168,13 @@ FAULTS = [  # (what stands there, what is planted, where it must be found, the f
     (f'"90 %", {Q}', '"90 %", kind = "published", source = 3', "usable =", "device.memory.usable", "are text"),
     ('title = "Mine"', 'title = " "', "title =", "device.title", "should match pattern"),
     ("float32 =", "float33 =", "[device.peak]", "device.peak", "no dtype is called 'float33'"),
+    ('"1 TB/s"', '"1 TB/s", low = "2 TB/s", high = "0.5 TB/s"', "bandwidth =", "device.memory.bandwidth", "the band is reversed"),
+    ('"1 TB/s"', '"1 TB/s", low = "2 TB/s", high = "3 TB/s"', "bandwidth =", "device.memory.bandwidth", "lies outside of its band"),
+    ('"1 TB/s"', '"1 TB/s", low = "0.5 TB/s"', "bandwidth =", "device.memory.bandwidth", "high is missing"),
+    ('"1 TB/s"', '"1 TB/s", low = "0.5 TB/s", high = "3 W"', "bandwidth =", "device.memory.bandwidth", "units of a bandwidth are"),
+    ('"90 %"', '"90 %", low = "80 %", high = "110 %"', "usable =", "device.memory.usable", "at most 1"),
+    (f'"1 TFLOP/s", {Q}', f'"1 TFLOP/s", sparse = true, {Q}', "float32 =", "device.peak.float32", "with sparsity is no dense one"),
+    (f'"1 TFLOP/s", {Q}', '"1 TFLOP/s", kind = "published", source = "with 2:4 sparsity"', "float32 =", "device.peak.float32", "not of a dense figure"),
     ("[device.power]", "[device.powre]", "[device.powre]", "device.powre", "not permitted"),
 ]  # fmt: skip
 
