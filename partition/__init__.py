@@ -15,7 +15,7 @@ _WHERE = {
     "Work": "work", "check": "equivalence", "cluster": "profiles", "compare": "bench", "cut": "stages", "device": "profiles",
     "evaluate": "evaluation", "explain": "explanation", "host_devices": "program", "lower_bound": "bounds", "model": "pipeline", "place": "pipeline",
     "plan": "pipeline", "policy": "pipeline", "pose": "problem", "prepare": "execution", "report": "reporting:html", "rule": "work",
-    "run": "execution", "sensitivity": "sensitivity", "schedule": "timeline", "tag": "phases", "trace": "program", "transfers": "dispatch", "uncut": "execution",
+    "run": "execution", "sensitivity": "swings", "schedule": "timeline", "tag": "phases", "trace": "program", "transfers": "dispatch", "uncut": "execution",
     "validate": "fidelity", "verify": "evaluation",
 }  # fmt: skip
 

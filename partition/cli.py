@@ -106,7 +106,7 @@ def plan_command(
     swings = None
     if sensitive:
         from partition.pipeline import policy as find_policy
-        from partition.sensitivity import sensitivity, sensitivity_text
+        from partition.swings import sensitivity, sensitivity_text
 
         with progress() as say:
             swings = sensitivity(made, find_policy(policy), progress=say)

@@ -112,6 +112,8 @@ def join(prefill: Call, decode: Call | Callable[..., Any], *, new_tokens: int, f
     alone: its arguments after the weights are what `feed(out, i)` gives, out being what prefill (i = 0) or the last step returned.
     Raises TraceError that names the leaf that nothing feeds.
     """
+    if not isinstance(new_tokens, int):
+        raise TraceError(f"{new_tokens!r} is no number of tokens", where="trace(new_tokens=...)", mend="give a whole number from 2")
     if new_tokens < 2:
         raise TraceError(f"{new_tokens} new tokens need no decode step", where="trace(new_tokens=...)", mend="ask for 2 or more")
     fn, args = _pair(prefill, "prefill")

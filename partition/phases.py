@@ -96,7 +96,9 @@ class Phases:
         return found
 
     def ops(self, phase: Phase | str) -> list[Op]:
-        """The ops of a phase: of the top level, and of the token loop's body in place of the loop."""
+        """The ops of a phase: of the top level, and of the token loop's body in place of the loop. Raises NameUnknownError."""
+        if phase not in list(Phase):
+            raise NameUnknownError.among("phase", str(phase), map(str, Phase))
         return [op for op in _flat(self.program.graph, self.loop) if self.of[op.id] == Phase(phase)]
 
     def nx(self, phase: Phase | str) -> nx.DiGraph[int]:

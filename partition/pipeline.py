@@ -45,7 +45,7 @@ FORMAT = 1
 class Plan:
     """A placement with all that led to it. `timings` [s] by pass; `how` says how the phases were found; `versions` of what made it.
 
-    table: the stage table of a plan that was loaded, which has no ops to make it from.
+    table, saved_ends: the stage table and the ends of the band of a plan that was loaded, which has no ops to make them from.
     """
 
     title: str
@@ -59,6 +59,7 @@ class Plan:
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     table: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), repr=False)
+    saved_ends: tuple[Mapping[str, float], ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def gap(self) -> float:
@@ -78,6 +79,11 @@ class Plan:
             return None
         better, worse = (on(self.problem, machines.at(worse=worse)) for worse in (False, True))
         return tuple(evaluate(p, dataclasses.replace(self.placement, problem=p)) for p in (better, worse))  # type: ignore[return-value]
+
+    @property
+    def ends(self) -> tuple[Mapping[str, float], ...]:
+        """What the plan gives at the better and at the worse end of all bands, by name of the objective; empty where that is not known."""
+        return self.saved_ends if self.band is None else tuple({k: getattr(end, k) for k in _ENDS} for end in self.band)
 
     @functools.cached_property
     def stages(self) -> Stages:
@@ -292,6 +298,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+_ENDS = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok")
 _ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "price", "link_price")
 
 
@@ -304,7 +311,7 @@ def to_json(made: Plan) -> dict[str, Any]:
         "timings": dict(made.timings), "versions": dict(made.versions),
         "placement": {"mesh": made.placement.mesh.tolist(), "also": {str(k): list(v) for k, v in made.placement.also.items()}},
         "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "exposed", "busy", "memory")},
-        "band": None if made.band is None else [{k: getattr(end, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok")} for end in made.band],
+        "band": [dict(end) for end in made.ends],
         "links": [{"src": p.meshes[a], "dst": p.meshes[b], "bytes": n, "seconds": e.link_busy[a, b]} for (a, b), n in sorted(e.link_bytes.items())],
         "bound": {"score": made.bound.score, "proof": made.bound.proof}, "gap": made.gap,
         "problem": numbers | {
@@ -349,4 +356,4 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     placement = verify(problem, Placement(mesh=np.array(raw["placement"]["mesh"]), also=also, problem=problem))
     return Plan(title=raw["title"], cluster=raw["cluster"], policy=raw["policy"], problem=problem, placement=placement,
                 estimate=evaluate(problem, placement), bound=Bound(**raw["bound"]), how=tuple(raw["how"]), timings=raw["timings"],
-                versions=raw["versions"], table=tuple(raw["stages"]))  # fmt: skip
+                versions=raw["versions"], table=tuple(raw["stages"]), saved_ends=tuple(raw["band"]))  # fmt: skip

@@ -59,7 +59,7 @@ class Program:
     def at(self, **sizes: int) -> Program:
         """The program traced anew with a number for every symbol in its shapes. Raises TraceError for one too many, too few or too small."""
         wanted, given = set(self.sizes), set(sizes)
-        wrong = sorted(wanted ^ given) or sorted(n for n, s in sizes.items() if not isinstance(s, int) or s < 1)
+        wrong = sorted(wanted ^ given) or sorted(n for n, s in sizes.items() if not isinstance(s, int) or isinstance(s, bool) or s < 1)
         if wrong:
             raise TraceError(f"the sizes given do not fit the symbols of the program: {', '.join(wrong)}", where=f"{self.entry.name}.at({', '.join(sorted(given))})",
                              mend=f"give a whole number from 1 for each of: {', '.join(sorted(wanted)) or 'none, it has no symbols'}")  # fmt: skip
@@ -141,7 +141,8 @@ def trace(
     joint = None
     if fn is None or prefill is not None or decode is not None:
         if fn is not None or prefill is None or decode is None:
-            raise TraceError("there is no function to trace", where="trace(...)", mend="give one function, or prefill= and decode= together")
+            said = "one function and a pair" if fn is not None else "half of a pair" if prefill is not None or decode is not None else "nothing"
+            raise TraceError(f"{said} to trace", where="trace(...)", mend="give one function, or prefill= and decode= together")
         joint = join(prefill, decode, new_tokens=new_tokens, feed=feed)
         fn, args = joint.fn, joint.args
     if not callable(fn):

@@ -118,11 +118,11 @@ def headline(plan: Plan) -> str:
 
 def band_text(plan: Plan) -> str:
     """What the plan gives when the numbers it rests on lie at the ends of their bands."""
-    if (band := plan.band) is None:
+    if len(plan.ends) != 2:
         return ""
-    (a, b), parts = band, []
+    (a, b), parts = plan.ends, []
     for name, field, show in (("TTFT", "ttft", seconds), ("TPOT", "tpot", seconds), ("end to end", "e2e", seconds), ("per Mtok", "usd_per_mtok", dollars)):
-        parts.append(f"{name} {show(getattr(a, field))} .. {show(getattr(b, field))}")
+        parts.append(f"{name} {show(a[field])} .. {show(b[field])}")
     return f"\nwith all numbers at the better or the worse end of their bands: {', '.join(parts)}"
 
 

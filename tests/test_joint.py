@@ -166,7 +166,7 @@ def test_a_state_that_does_not_match_is_named_with_both_shapes() -> None:
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ({}, "no function"), ({"prefill": (len, ())}, "no function"), ({"prefill": len, "decode": (len, ())}, "no pair"),
+    ({}, "to trace"), ({"prefill": (len, ())}, "to trace"), ({"prefill": len, "decode": (len, ())}, "no pair"),
     ({"prefill": (lambda w, t: w[t].sum() > 0 and w, (np.ones(3), np.int32(1))), "decode": (len, ())}, "prefill cannot be traced"),
     ({"prefill": (lambda w, t: w[t], (np.ones(3), np.zeros(2, np.int32))), "decode": (lambda w, t: w[t], (np.ones(3), np.zeros(2, np.int32))),
       "new_tokens": 1}, "no decode step"),

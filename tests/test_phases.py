@@ -333,6 +333,8 @@ def test_wrong_hints_are_told() -> None:
     assert phases.loop is None and phases.handoff == () and not phases.ops(Phase.DECODE) and "the caller says so" in phases.how[0]
     with pytest.raises(PhaseError, match="are a list"):
         tag(program, phases=["prefill"])  # type: ignore[arg-type]
+    with pytest.raises(PartitionError, match="no phase called 'prefil'"):
+        phases.ops("prefil")
     with pytest.raises(PhaseError, match="function is no program"):
         tag(fn)  # type: ignore[arg-type]
     with pytest.raises(PartitionError, match="did you mean 'prefill'"):

@@ -150,7 +150,7 @@ def test_scan_counts_its_trips() -> None:
     program, found = works(fn, struct(8, 8), struct(5, 8))
     (scan,) = program.graph.ops
     # one trip: [5, 8] x [8, 8] is 640 operations and 4 x (40 + 64 + 40) bytes, tanh is 40
-    assert found[scan.id] == Work(flops={"float32": 7 * 680}, read=7 * 416, written=7 * 160, contractions=7)
+    assert found[scan.id] == Work(flops={"float32": 7 * 680}, read=7 * 416, written=7 * 160, contractions=7, rows=7 * 5, macs=7 * 320)
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -11,7 +11,7 @@ from models import llama
 from partition import profiles
 from partition.errors import PlacementError
 from partition.problem import Problem, on
-from partition.sensitivity import sensitivity, sensitivity_text
+from partition.swings import sensitivity, sensitivity_text
 
 
 def made(cluster: object = "trn2_efa_cs3", **options: object) -> pt.Plan:
@@ -59,9 +59,9 @@ def test_the_numbers_that_a_plan_rests_on() -> None:
     assert all(len(s.kept) == 2 and s.moved[0] is not None for s in steady)
 
 
-def test_a_loaded_plan_has_no_band(tmp_path: object) -> None:
+def test_a_loaded_plan_keeps_what_its_band_gave(tmp_path: object) -> None:
     plan = made()
     loaded = pt.Plan.load(plan.save(tmp_path))  # type: ignore[arg-type]
-    assert loaded.band is None and "bands" not in str(loaded)
+    assert loaded.band is None and loaded.ends == plan.ends and str(loaded) == str(plan)
     with pytest.raises(PlacementError, match="loaded plan"):
         sensitivity(loaded)
