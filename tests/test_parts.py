@@ -456,3 +456,28 @@ def test_hybrids_without_mlps(pattern: str) -> None:
     n = len(pattern)
     phases = pt.tag(pt.trace(hybrid(pattern), weights(n), PROMPT))
     assert dict(phases.anatomy.layers.counts) == {"top": n, "body": n}
+
+
+def seen(w: Any, image: Any, tokens: Any) -> Any:
+    """A patch convolution and a projection stand before the text: stems, and no part of the first layer."""
+    with scope("k_mlp"):
+        patches = lax.conv_general_dilated(image, w["patch"], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")).reshape(image.shape[0], -1, D) @ w["into"]
+
+    def first(w: Any, tokens: Any, cache: Any, pos: Any) -> Any:
+        x, new = (w["e"][tokens] if tokens.shape[1] == 1 else jnp.concatenate([patches, w["e"][tokens]], 1)), []
+        for layer, state in zip(w["layers"], cache, strict=True):
+            y, state = attend(layer, norm(x), state, pos)
+            x = x + y
+            x = x + mlp(layer, norm(x))
+            new.append(state)
+        with scope("k_head"):
+            return norm(x) @ w["h"], new
+
+    return generate(w, tokens, first, lambda batch: [tuple(jnp.zeros((batch, 16, H, D // H)) for _ in "kv")] * 2)
+
+
+def test_stems_are_no_layers() -> None:
+    w = weights() | {"patch": np.ones((2, 2, 1, D), np.float32), "into": np.ones((D, D), np.float32)}
+    phases = pt.tag(pt.trace(seen, w, np.ones((2, 4, 4, 1), np.float32), PROMPT))
+    kinds = {phases.anatomy.kind[o.id] for o in phases.program.graph.ops if "k_mlp" in o.scope and o.primitive in CONTRACTIONS}
+    assert kinds == {"mlp"} and dict(phases.anatomy.layers.counts) == TWO

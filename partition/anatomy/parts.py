@@ -195,6 +195,8 @@ def _mixers(g: Level, parts: Parts) -> None:
     for op in reversed(g.plain):
         if op.id not in parts and (takers := _takers(g, parts, op.outputs)) and all(k in MIXERS for k in takers):
             kind, first = min(takers.items(), key=lambda taker: taker[1])
+            if kind is Kind.ATTENTION and any(r.id in g.residuals for r in g.onward(*op.outputs)):
+                continue  # it enters the residual stream too: a stem
             parts.say(op.id, kind or Kind.OTHER, f"up to the next residual it feeds op {first} and its like alone")
 
 
