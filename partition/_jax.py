@@ -326,10 +326,6 @@ def _aval(var: Any) -> Any:
     return var.aval
 
 
-def _narrow(aval: Any) -> bool:
-    return bool(jnp.issubdtype(aval.dtype, jnp.floating)) and aval.dtype.itemsize < 4
-
-
 _ENTERED = ("jaxpr", "body_jaxpr", "branches", "call_jaxpr", "fun_jaxpr")
 _UNENTERED = OPAQUE | {"custom_jvp_call", "custom_vjp_call"}
 
@@ -363,7 +359,10 @@ def wide_sums(jaxpr: Any) -> Any:
     """
 
     def change(eqn: Any) -> list[Any] | None:
-        if eqn.primitive.name != "dot_general" or not _narrow(out := _aval(eqn.outvars[0])):
+        if eqn.primitive.name != "dot_general":
+            return None
+        out = _aval(eqn.outvars[0])
+        if not jnp.issubdtype(out.dtype, jnp.floating) or out.dtype.itemsize >= 4:
             return None
         wide = jex.Var(jax.core.ShapedArray(out.shape, jnp.float32))
         return [eqn.replace(outvars=[wide], params={**eqn.params, "preferred_element_type": jnp.dtype("float32")}), _cast(eqn, wide, out.dtype)]
@@ -377,8 +376,11 @@ def unconstrained(jaxpr: Any) -> Any:
     def change(eqn: Any) -> list[Any] | None:
         return [_cast(eqn, eqn.invars[0], _aval(eqn.outvars[0]).dtype)] if eqn.primitive.name == "sharding_constraint" else None
 
-    constrained = "sharding_constraint" in str(jaxpr)
-    return _rewritten(jaxpr, change) if constrained else jaxpr
+    return _rewritten(jaxpr, change) if _has(jaxpr, "sharding_constraint") else jaxpr
+
+
+def _has(jaxpr: Any, primitive: str) -> bool:
+    return any(e.primitive.name == primitive or any(_has(j, primitive) for j in jex.jaxprs_in_params(e.params)) for e in body_of(jaxpr).eqns)
 
 
 def check(jaxpr: Any) -> None:

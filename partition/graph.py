@@ -12,7 +12,7 @@ import enum
 import functools
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from partition.errors import GraphError
@@ -287,6 +287,31 @@ def _demanded(cond: Graph, counters: Sequence[int]) -> list[tuple[int, str, int]
                 if counter in counters and said in ("lt", "le", "ne"):
                     found.append((counter, said, bound))
     return found
+
+
+def components(ops: Iterable[Op], apart: Container[int] = ()) -> list[list[Op]]:
+    """Groups of ops that tensors join, but for those `apart`, in program order."""
+    group: dict[int, int] = {}
+    maker: dict[int, int] = {}
+
+    def root(i: int) -> int:
+        while group[i] != i:
+            group[i] = group[group[i]]
+            i = group[i]
+        return i
+
+    listed = list(ops)
+    for op in listed:
+        group[op.id] = op.id
+        for t in op.inputs:
+            if t in maker and t not in apart:
+                a, b = root(maker[t]), root(op.id)
+                group[max(a, b)] = min(a, b)
+        maker.update(dict.fromkeys(op.outputs, op.id))
+    found: dict[int, list[Op]] = {}
+    for op in listed:
+        found.setdefault(root(op.id), []).append(op)
+    return list(found.values())
 
 
 def to_nx(ops: Sequence[Op], tensors: Sequence[Tensor], **attributes: Any) -> nx.DiGraph[int]:

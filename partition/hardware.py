@@ -26,10 +26,9 @@ class Kind(enum.StrEnum):
 
 
 class End(enum.StrEnum):
-    """A place in a band."""
+    """An end of a band."""
 
     LOW = "low"
-    NOMINAL = "nominal"
     HIGH = "high"
 
 
@@ -51,7 +50,7 @@ class Quantity:
 
     def at(self, end: End) -> Quantity:
         """The number at one end of its band, with no band left."""
-        value = self.value if end is End.NOMINAL or self.low is None or self.high is None else self.low if end is End.LOW else self.high
+        value = self.value if self.low is None or self.high is None else self.low if end is End.LOW else self.high
         return dataclasses.replace(self, value=value, low=None, high=None)
 
 

@@ -266,11 +266,10 @@ def find_token_loop(program: Program, loop: int | None = None) -> TokenLoops:
         why, known = "the caller says so", any(o is given for o, _ in found)
         return _loops(given, why if known else f"{why}; no token that it chooses comes back", 1.0, found)
     if program.joint is not None:  # the request was made here: its token loop is the last thing that it does
-        last = next((o for o in reversed(graph.ops) if o.loop is not None and o.loop.trips == program.joint.trips), None)
-        if last is None:
+        own = next((o for o in reversed(graph.ops) if o.loop is not None and o.loop.trips == program.joint.trips), None)
+        if own is None:
             raise PhaseError("nothing that the joined request returns depends on its decode steps", where=program.entry.name, mend="let decode return logits or the chosen token")
-        op = last
-        return _loops(op, "; ".join(("it runs the decode callable once a token", *program.joint.how)), 1.0, found)
+        return _loops(own, "; ".join(("it runs the decode callable once a token", *program.joint.how)), 1.0, found)
     if not found and nested:
         raise PhaseError("the token loop lies inside another loop or branch", where="; ".join(f"op {o.id} at {program.source(o)}" for o in nested),
                          mend="trace the function that holds the token loop on its top level")  # fmt: skip

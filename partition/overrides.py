@@ -55,11 +55,15 @@ def replaced(cluster: Cluster, values: Mapping[str, str | float]) -> Cluster:
     return cluster
 
 
+def banded(cluster: Cluster) -> list[tuple[str, str, Quantity]]:
+    """Those of the numbers that have a band, but for capacities: a placement that fits goes on to fit."""
+    return [(name, dimension, q) for name, dimension, q in quantities(cluster) if q.low is not None and not name.endswith((".memory.capacity", ".memory.usable"))]
+
+
 def extreme(cluster: Cluster, worse: bool) -> Cluster:
     """A cluster with every number but capacities at the worse or the better end of its band."""
-    for name, dimension, q in list(quantities(cluster)):
-        if q.low is not None and not name.endswith((".memory.capacity", ".memory.usable")):
-            cluster = _put(cluster, name, q.at(End.HIGH if (dimension in _BETTER_LOW) == worse else End.LOW))
+    for name, dimension, q in banded(cluster):
+        cluster = _put(cluster, name, q.at(End.HIGH if (dimension in _BETTER_LOW) == worse else End.LOW))
     return cluster
 
 
@@ -69,8 +73,7 @@ def _number(cluster: Cluster, name: str, said: str | float, dimension: str) -> f
         value = units.parse(said, dimension) if isinstance(said, str) else float(said)
     except (TypeError, ValueError) as error:
         raise ProfileError(f"the value is no {dimension}: {error}", where=where, mend="write a number with its unit, or a number in SI units") from None
-    free = dimension in ("price", "price per byte", "time", "cycles")
-    if math.isnan(value) or value < 0 or (value == 0 and not free) or (dimension == "fraction" and value > 1) or (math.isinf(value) and not name.endswith(".ingest")):
+    if math.isnan(value) or value < 0 or (value == 0 and dimension not in units.ZERO) or (dimension == "fraction" and value > 1) or (math.isinf(value) and not name.endswith(".ingest")):
         raise ProfileError(f"{value:g} is no {dimension} that a machine can have", where=where, mend="give a finite number above 0, a share at most 1")
     return value
 
@@ -112,7 +115,7 @@ def _put(cluster: Cluster, name: str, q: Quantity) -> Cluster:
     def link(given: Link) -> Link:
         return dataclasses.replace(given, **cast(Any, {field: q})) if given.name == owner and field != "ingest" else given
 
-    devices = {d.name: device(d) for d in {m.device.name: m.device for m in cluster.meshes}.values()} if field not in LINK_DIMENSIONS or field == "price" else {}
+    devices = {d.name: device(d) for d in {m.device.name: m.device for m in cluster.meshes}.values()}
     meshes = tuple(dataclasses.replace(m, device=devices.get(m.device.name, m.device), fabric=None if m.fabric is None else link(m.fabric)) for m in cluster.meshes)
     ingest = None if math.isinf(q.value) else q
     edges = tuple(dataclasses.replace(e, link=link(e.link), ingest=ingest if e.link.name == owner and field == "ingest" else e.ingest) for e in cluster.edges)

@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from partition.graph import Graph, Op, Role, Tensor, weights
+from partition.graph import Graph, Op, Role, Tensor, components, weights
 from partition.loops import CONTRACTIONS, Finding, discretises, holds, looked_up
 
 
@@ -36,7 +36,7 @@ def passes(graph: Graph) -> Passes:
     unrolled = _unrolled(graph, moving)
     if unrolled is not None:
         return unrolled
-    found = [p for p in components(graph, moving) if any(holds(op, CONTRACTIONS) for op in p)]
+    found = [p for p in components(op for op in graph.ops if not moving.isdisjoint(op.inputs)) if any(holds(op, CONTRACTIONS) for op in p)]
     if not found:
         why = "nothing that depends on an input is contracted with anything"
         return Passes(of={}, batch=1, findings=(Finding(what="no phase of inference", why=why, confidence=0.6),))
@@ -132,30 +132,6 @@ def _unrolled(graph: Graph, moving: set[int]) -> Passes | None:
     why = f"a token that it chose is looked up again in the prompt's table {max(level.values())} times, first by op {first.id}"
     batch = min((tensors[t].size for t in feeding if tensors[t].shape), default=1)
     return Passes(of=of, batch=int(batch), findings=(Finding(what="tokens are unrolled", why=why, confidence=0.9),))
-
-
-def components(graph: Graph, moving: set[int]) -> list[list[Op]]:
-    """Groups of ops that activations join, of those that depend on inputs, in program order."""
-    group: dict[int, int] = {}
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            group[i] = group[group[i]]
-            i = group[i]
-        return i
-
-    ops = [op for op in graph.ops if not moving.isdisjoint(op.inputs)]
-    for op in ops:
-        group[op.id] = op.id
-        for t in op.inputs:
-            maker = graph.producer.get(t)
-            if maker is not None and maker.id in group:
-                a, b = root(maker.id), root(op.id)
-                group[max(a, b)] = min(a, b)
-    found: dict[int, list[Op]] = {}
-    for op in ops:
-        found.setdefault(root(op.id), []).append(op)
-    return list(found.values())
 
 
 def _reads(graph: Graph, ops: Iterable[Op]) -> tuple[int, int, int]:

@@ -50,6 +50,7 @@ class Problem:
     seconds [n, m]: one run of a node on a mesh. times [n]: runs a request. flows: what passes between nodes. resident [r, m]: bytes of
     each resident on each mesh, copies included. activation [n, m]: bytes alive while a node runs. capacity [m] B, alpha [m, m] s,
     beta [m, m] B/s (0: no link), price [m] $/s, link_price [m, m] $/B. pins: node -> mesh. kinds: device of each mesh.
+    layouts, op_works, trips: the split of each mesh, the work of each op, and how often loops run that do not tell, to cost it anew.
     """
 
     names: tuple[str, ...]
@@ -77,6 +78,8 @@ class Problem:
     phases: Phases | None = dataclasses.field(default=None, repr=False)
     cluster: Cluster | None = dataclasses.field(default=None, repr=False)
     layouts: tuple[Layout, ...] = dataclasses.field(default=(), repr=False)
+    op_works: Mapping[int, Work] = dataclasses.field(default_factory=dict, repr=False)
+    trips: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # a value: no policy changes what the others are measured by
@@ -197,7 +200,7 @@ def pose(
         activation=_activations(blocks, phases, weights | on_chip, splits), capacity=np.array([m.capacity for m in cluster.meshes]),
         workload=Workload(batch=phases.batch, trips=runs), objective=objective,
         pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), blocks=blocks,
-        works=_node_works(blocks, works), phases=phases, layouts=tuple(splits),
+        works=_node_works(blocks, works), phases=phases, layouts=tuple(splits), op_works=works, trips=trips,
     )  # fmt: skip
 
 
@@ -211,9 +214,7 @@ def on(problem: Problem, cluster: Cluster) -> Problem:
         raise PlacementError("a loaded problem has no program to take the cost of", where="problem.on(...)", mend="pose the program again")
     if [m.count for m in cluster.meshes] != counts:
         raise PlacementError("the cluster has other meshes than the problem", where=f"cluster {cluster.name!r}", mend=f"give one of {len(counts)} meshes of {counts} devices")
-    trips = problem.workload.trips or None
-    works = work(phases.program.graph, weights=is_weight(phases.program), trips=trips)
-    return dataclasses.replace(problem, **_numbers(phases, problem.blocks, works, problem.layouts, cluster, trips))
+    return dataclasses.replace(problem, **_numbers(phases, problem.blocks, problem.op_works, problem.layouts, cluster, problem.trips))
 
 
 def _layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:

@@ -22,11 +22,7 @@ from partition.hardware import Cluster, Device, Edge, Kind, Link, Memory, Mesh, 
 
 _MEND = "write {{ value = \"{example}\", kind = \"published\", source = \"where it stands\" }}"  # fmt: skip
 _EXAMPLES = {"time": "15 us", "bytes": "96 GiB", "bandwidth": "400 Gbit/s", "compute": "667 TFLOP/s", "price": "2.24 $/h",
-             "price per byte": "0 $/GB", "power": "500 W", "fraction": "0.85", "frequency": "1.1 GHz", "number": "8", "cycles": "554", "throughput": "75 tokens/s"}  # fmt: skip
-
-
-ZERO = ("price per byte", "price", "time", "cycles")
-"""Dimensions of which there may be none."""
+             "price per byte": "0 $/GB", "power": "500 W", "fraction": "0.85", "frequency": "1.1 GHz", "number": "8", "cycles": "554"}  # fmt: skip
 
 
 def _quantity(dimension: str) -> Any:
@@ -49,7 +45,7 @@ def _quantity(dimension: str) -> Any:
             raise ValueError(f"a {dimension} is a finite number, got {raw['value']!r}")
         if dimension == "fraction" and not 0 < value <= 1:
             raise ValueError(f"a share lies above 0 and at most at 1, got {raw['value']!r}")
-        if value == 0 and dimension not in ZERO:
+        if value == 0 and dimension not in units.ZERO:
             raise ValueError(f"a {dimension} of zero makes nothing run, got {raw['value']!r}")
         if raw.get("sparse", False) is not False:
             raise ValueError("a peak with sparsity is no dense one; state the dense peak, and keep the sparse one in its source")
@@ -74,7 +70,7 @@ def _band(raw: dict[str, Any], value: float, dimension: str) -> tuple[float | No
         raise ValueError(f"the value {raw['value']!r} lies outside of its band, {raw['low']!r} to {raw['high']!r}")
     if dimension == "fraction" and high > 1:
         raise ValueError(f"a share is at most 1, its band goes to {raw['high']!r}")
-    if low == 0 and dimension not in ZERO:
+    if low == 0 and dimension not in units.ZERO:
         raise ValueError(f"a {dimension} of zero makes nothing run, the band goes to {raw['low']!r}")
     return low, high
 

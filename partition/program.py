@@ -124,8 +124,9 @@ def trace(
 
     args are pytrees of arrays or `jax.ShapeDtypeStruct`s, or Flax NNX modules. `weights` are the positions of the arguments that hold
     weights, by default the first that holds floats; the others are inputs, and so is what comes back changed among the weights, a cache
-    that lies with them (unless most of them do: that is training). A function that closes over its weights needs none. Two callables share their first argument, the weights; how decode's other arguments are found, and
-    what `feed` says instead, is told in `partition.joint`. The request then takes `program.args`.
+    that lies with them (unless most of them do: that is training). A function that closes over its weights needs none. Two callables
+    share their first argument, the weights; how decode's other arguments are found, and what `feed` says instead, is told in
+    `partition.joint`. The request then takes `program.args`.
     Shapes may hold the symbols of `jax.export.symbolic_shape`: the program can be tagged as it is, and planned `at` sizes for them.
     Before the first JAX backend starts, CPU host devices are asked for, so that stages can run in this process.
     Raises TraceError, naming the user's line, when a callable cannot be traced, and the leaf that nothing feeds.

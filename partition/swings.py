@@ -14,7 +14,7 @@ import numpy as np
 from partition.errors import InfeasibleError, PlacementError
 from partition.evaluation import evaluate
 from partition.hardware import End, Kind
-from partition.overrides import quantities
+from partition.overrides import banded
 from partition.pipeline import place
 from partition.problem import Placement, Problem, on
 from partition.tables import table
@@ -59,9 +59,7 @@ def sensitivity(plan: Plan, policy: str | Policy | None = None, progress: Callab
     def score(posed: Problem, placement: Placement) -> float:
         return evaluate(posed, dataclasses.replace(placement, problem=posed)).score(problem.objective)
 
-    for name, _, q in quantities(cluster):
-        if q.low is None or q.high is None or name.endswith((".memory.capacity", ".memory.usable")):
-            continue
+    for name, _, q in banded(cluster):
         if progress is not None:
             progress(f"vary {name}")
         kept, moved, decides = [], list[float | None](), False
@@ -75,7 +73,7 @@ def sensitivity(plan: Plan, policy: str | Policy | None = None, progress: Callab
                 continue
             moved.append(score(posed, placement))
             decides |= not np.array_equal(placement.mesh, plan.placement.mesh)
-        found.append(Swing(name=name, kind=q.kind, low=q.low, high=q.high, kept=(kept[0], kept[1]), moved=(moved[0], moved[1]), decides=decides))
+        found.append(Swing(name=name, kind=q.kind, low=float(q.at(End.LOW)), high=float(q.at(End.HIGH)), kept=(kept[0], kept[1]), moved=(moved[0], moved[1]), decides=decides))
     return tuple(sorted(found, key=lambda s: (not s.decides, -s.width, s.name)))
 
 

@@ -22,9 +22,11 @@ UNITS: dict[str, dict[str, float]] = {
     "frequency": {"Hz": 1.0, "kHz": 1e3, "MHz": 1e6, "GHz": 1e9},
     "number": {"": 1.0},
     "cycles": {"": 1.0},
-    "throughput": {"tokens/s": 1.0},
 }
 """Dimension -> unit -> factor to SI. Prices are $/s inside."""
+
+ZERO = ("price per byte", "price", "time", "cycles")
+"""Dimensions of which there may be none."""
 
 _QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(.*?)\s*")
 

@@ -1,10 +1,12 @@
 """What a plan gives over the bands of its numbers, and which of them it rests on."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import posed
+from jax import lax
 
 import partition as pt
 from models import llama
@@ -39,6 +41,18 @@ def test_a_problem_on_another_cluster_is_what_posing_there_gives() -> None:
             np.testing.assert_allclose(getattr(other, field.name), value, err_msg=field.name)
     with pytest.raises(PlacementError, match="other meshes"):
         on(problem, profiles.cluster("trn2_efa_4cs3"))
+
+
+def test_a_plan_of_a_loop_that_does_not_tell_its_trips_has_a_band() -> None:
+    """The caller's word on trips is kept, also where there is no token loop whose trips it could be taken for."""
+
+    def fn(w: Any, x: Any) -> Any:
+        return lax.while_loop(lambda x: x.sum() < 100.0, lambda x: x @ w, x)
+
+    plan = pt.plan(fn, (np.ones((8, 8), np.float32), np.ones((2, 8), np.float32)), cluster="trn2_efa_cs3", policy="single", trips=5)
+    assert plan.problem.workload.trips == 0 and plan.band is not None and str(plan)
+    again = on(plan.problem, profiles.cluster("trn2_efa_cs3"))
+    np.testing.assert_array_equal(again.seconds, plan.problem.seconds)
 
 
 def test_the_numbers_that_a_plan_rests_on() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from typing import Any
 
 from partition.anatomy.levels import Weights
-from partition.graph import Graph, Op, Tensor, bodies, entries
+from partition.graph import Graph, Op, Tensor, bodies, components, entries
 from partition.loops import CONTRACTIONS
 
 
@@ -83,7 +83,7 @@ class _Numbering:
     """Numbers layers level by level. number: op id -> its layer; reach: layer -> all layers that it stands for in a scan."""
 
     def __init__(self, graph: Graph, weights: Weights, marked: Marked):
-        self.all = list(graph.walk())
+        self.graph = graph
         self.tensors, self.weights, self.marked, self.lent = graph.tensors, weights, marked, marked.lent
         self.number: dict[int, int] = {}
         self.known: dict[Hashable, tuple[int, str]] = {}
@@ -99,7 +99,7 @@ class _Numbering:
 
     def level(self, ops: Sequence[Op]) -> None:
         """Number the contractions of a level and of what it holds."""
-        for group in _components(ops, self.weights):
+        for group in components(ops, apart=self.weights):
             self.streams = any(op.id in self.marked.residuals for op in _all(group))
             order = self.ordered(group)
             last = {self.keys(op): op for op in sorted(order, key=lambda op: self.depth[op.id])}
@@ -269,11 +269,10 @@ class _Numbering:
                 for inner in (o for body in bodies(op) for o in body.walk()):
                     self.number.setdefault(inner.id, number)
 
-
     def lend(self) -> None:
         """Number what makes values for layers of the token loop by those layers."""
         readers: dict[int, list[Op]] = {}
-        for op in self.all:
+        for op in self.graph.walk() if self.lent else ():
             for t in op.inputs:
                 readers.setdefault(t, []).append(op)
         for maker, values in self.lent.items():
@@ -288,30 +287,6 @@ class _Numbering:
                     seen.update(onward)
 
 
-def _components(ops: Sequence[Op], weights: Weights) -> list[list[Op]]:
-    """Groups of ops that activations join, in program order: two models side by side are two."""
-    group: dict[int, int] = {}
-    maker: dict[int, int] = {}
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            group[i] = group[group[i]]
-            i = group[i]
-        return i
-
-    for op in ops:
-        group[op.id] = op.id
-        for t in op.inputs:
-            if t in maker and t not in weights:
-                a, b = root(maker[t]), root(op.id)
-                group[max(a, b)] = min(a, b)
-        maker.update(dict.fromkeys(op.outputs, op.id))
-    found: dict[int, list[Op]] = {}
-    for op in ops:
-        found.setdefault(root(op.id), []).append(op)
-    return list(found.values())
-
-
 def _runs(mixes: Sequence[bool]) -> list[int]:
     """Where the runs of mixers begin."""
     return [n for n, is_mixer in enumerate(mixes) if is_mixer and (n == 0 or not mixes[n - 1])]
@@ -320,8 +295,8 @@ def _runs(mixes: Sequence[bool]) -> list[int]:
 def repeats(signs: Sequence[Hashable], may_end: Sequence[bool], mixes: Sequence[bool], steps: Sequence[Hashable] = ()) -> tuple[int, int, int]:
     """(first, period, count) of the repeat that covers most of a sequence; of equal ones the shortest period. O(n x period).
 
-    may_end: of each neighbouring pair, whether a layer may end between them; steps: what leads from one to the other. mixes: of each item, whether it mixes positions; where a
-    repeat may begin in several places, it begins with a mixer, where it has the fewest runs of them.
+    may_end: of each neighbouring pair, whether a layer may end between them; steps: what leads from one to the other. mixes: of each item,
+    whether it mixes positions; where a repeat may begin in several places, it begins with a mixer, where it has the fewest runs of them.
     """
     best, size = (0, 1, 1 if signs else 0), 0
     for period in range(1, len(signs) // 2 + 1):

@@ -63,7 +63,7 @@ class Weights:
                 if op.loop is not None and op.loop.trips and len(self.taken) > before:
                     self.counted.add(op.id)
 
-    def __contains__(self, t: int) -> bool:
+    def __contains__(self, t: object) -> bool:
         return t in self.all
 
     def of(self, op: Op) -> list[int]:

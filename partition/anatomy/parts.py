@@ -1,7 +1,8 @@
 """Which part of the model each contraction is, told level by level, outer before inner where a router decides, inner before outer else.
 
 - Of two activations: ATTENTION, where the result is exponentiated and summed (a softmax) or is taken of such a one; RECURRENT where
-  positions meet otherwise, or a state is taken or made (state-space and linear-recurrent layers). A loop that holds such contractions alone, or a recurrence without any, is the same.
+  positions meet otherwise, or a state is taken or made (state-space and linear-recurrent layers). A loop that holds such contractions
+  alone, or a recurrence without any, is the same.
 - With a weight, all of whose readers up to the next residual are of one of these two, or that takes what comes of one: the same. So is
   one that makes the state that the next token takes (no cache that is written in place), and one that takes what that is made of.
 - One whose result is chosen from, with the choice deciding which weights or rows others read, is a ROUTER. EXPERTS are ragged
@@ -25,7 +26,8 @@ MIXERS = (Kind.ATTENTION, Kind.RECURRENT)
 class Parts(dict[int, Kind]):
     """What has been told so far: op id -> its part, with the reason; and the ops that add to the residual stream.
 
-    handed: tensor -> the tensors of the token loop that it becomes; users: which parts take those; lent: ops that make nothing else. routed: tensors made of a router's result alone. heads: weights of heads.
+    handed: tensor -> the tensors of the token loop that it becomes; users: which parts take those; lent: ops that make nothing else.
+    routed: tensors made of a router's result alone. heads: weights of heads.
     """
 
     def __init__(self, weights: Weights, handed: Mapping[int, Collection[int]]):
@@ -47,16 +49,15 @@ class Parts(dict[int, Kind]):
 def contractions(g: Level, parts: Parts) -> Iterable[Level]:
     """Tell the contractions of a level and of all that it holds; gives the levels, the inner ones first."""
     parts.residuals |= g.residuals
-    told = [op for op in g.nests if not parts.weights.stacked(op) and any(Level(body, parts.weights, ()).whole for body in bodies(op))]
-    for op in told:  # whole passes over a model: their heads are heads here too
-        for body in bodies(op):
-            yield from contractions(Level(body, parts.weights, (), above=g.tokens), parts)
+    inner = [(op, [Level(body, parts.weights, (), stacked=parts.weights.stacked(op), above=g.tokens) for body in bodies(op)]) for op in g.nests]
+    for level in (x for _, held in inner if any(y.whole for y in held) for x in held):  # passes over a model: their heads are heads here too
+        yield from contractions(level, parts)
     _heads(g, parts, known=True)
     _routers(g, parts)
-    for op in (o for o in g.nests if o not in told):
-        parts.routed.update(inner for inner, outer in entries(op) if outer in parts.routed)
-        for body in bodies(op):
-            yield from contractions(Level(body, parts.weights, (), stacked=parts.weights.stacked(op), above=g.tokens), parts)
+    for op, held in ((op, held) for op, held in inner if not any(x.whole for x in held)):
+        parts.routed.update(inside for inside, outer in entries(op) if outer in parts.routed)
+        for level in held:
+            yield from contractions(level, parts)
     _loops(g, parts)
     _experts(g, parts)
     _activations(g, parts)

@@ -7,13 +7,14 @@ import itertools
 from partition.errors import PlacementError
 from partition.phases import Phase
 from partition.policies._layers import finish, lay, of_kind
+from partition.policies.single import single
 from partition.problem import Placement, Problem
 
 
 def phase_split(problem: Problem) -> Placement:
     """Place PREFILL and DECODE on different kinds of machine.
 
-    With one kind only, on different meshes; a program of one phase on the kind that is fastest for it. Each phase is laid over as few meshes as hold it.
+    With one kind only, on different meshes; a program of one phase as `single` does. Each phase is laid over as few meshes as hold it.
 
     Source: the inference disaggregation that AWS and Cerebras announced in March 2026; Splitwise (ISCA'24), DistServe (OSDI'24).
     O(n m) time. Raises PlacementError where there is but one mesh, InfeasibleError where a phase does not fit on its kind.
@@ -22,10 +23,7 @@ def phase_split(problem: Problem) -> Placement:
     prefill, decode = problem.nodes(Phase.PREFILL), problem.nodes(Phase.DECODE)
     decode = [n for n in decode if problem.region[n] == "body"] or decode
     if not decode or (not prefill and "body" not in problem.region):
-        nodes = range(len(problem))
-        best = min(sorted(kinds), key=lambda k: float((problem.seconds[nodes, kinds[k][0]] * problem.times).sum()))
-        placed = lay(problem, [n for n in nodes if problem.phase[n] is not Phase.BOTH], kinds[best])
-        return problem.placement(finish(problem, placed, kinds[best][0]))
+        return single(problem)
     if len(problem.meshes) < 2:
         raise PlacementError("phase_split needs two meshes, the cluster has one", where="policy phase_split",
                              mend="use the policy 'single', or a cluster of two kinds of machine")  # fmt: skip

@@ -26,12 +26,16 @@ def cumulative(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     return Work(flops=flops, read=sum(t.nbytes for t in ins), written=sum(t.nbytes for t in outs))
 
 
+def _comparisons(op: Op, t: Tensor) -> int:
+    """log2 of the length of the dimension that is sorted."""
+    length = t.shape[op.params.get("dimension", op.params.get("axis", -1))] if t.shape else 1
+    return math.ceil(math.log2(length)) if isinstance(length, int) and length > 1 else 1
+
+
 @rule("sort", "top_k", "approx_top_k")
 def sort(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     """n log2 n comparisons along the sorted dimension; every operand through memory once each way."""
-    axis = op.params.get("dimension", op.params.get("axis", -1))
-    length = ins[0].shape[axis] if ins[0].shape else 1
-    depth = math.ceil(math.log2(length)) if isinstance(length, int) and length > 1 else 1
+    depth = _comparisons(op, ins[0])
     flops = {ins[0].dtype: ins[0].size * depth} if "float" in ins[0].dtype else {}
     return Work(flops=flops, read=sum(t.nbytes for t in ins), written=sum(t.nbytes for t in outs))
 
@@ -39,6 +43,4 @@ def sort(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
 @rule("SearchSorted", "searchsorted")
 def search(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     """log2 n comparisons for each value that is looked for; what is searched lies in memory."""
-    length = ins[0].shape[op.params.get("dimension", -1)] if ins[0].shape else 1
-    depth = math.ceil(math.log2(length)) if isinstance(length, int) and length > 1 else 1
-    return Work(flops={ins[0].dtype: outs[0].size * depth} if "float" in ins[0].dtype else {}, read=ins[0].nbytes + ins[1].nbytes, written=outs[0].nbytes)
+    return Work(flops={ins[0].dtype: outs[0].size * _comparisons(op, ins[0])} if "float" in ins[0].dtype else {}, read=ins[0].nbytes + ins[1].nbytes, written=outs[0].nbytes)
