@@ -67,7 +67,7 @@ def pair(new_tokens: int, options: dict[str, Any]) -> tuple[Callable[[], Any], C
     machines = pt.cluster("trn2_efa_cs3")
     machines = dataclasses.replace(machines, meshes=tuple(dataclasses.replace(m, stand_in=1) for m in machines.meshes))
     program = pt.trace(fn, *args)
-    stages = pt.cut(program, pt.place(pt.pose(pt.tag(program), machines), "phase_split"))
+    stages = pt.cut(program, pt.place(pt.pose(pt.tag(program), machines, sharding="tensor"), "phase_split"))
     assert len({s.mesh for s in stages.all}) == 2, str(stages)
     runner = pt.prepare(stages, strict=False)
     loaded, placed = runner.load(*args), {}

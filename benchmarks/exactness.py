@@ -78,7 +78,7 @@ def run(dtype: str, strict: bool, degree: int, file: str) -> dict[str, Any]:
     machines = pt.cluster("trn2_efa_4cs3")
     machines = dataclasses.replace(machines, meshes=tuple(dataclasses.replace(m, stand_in=degree) for m in machines.meshes))
     program = pt.trace(requests[0][1], *requests[0][2])
-    problem = pt.pose(pt.tag(program), machines)
+    problem = pt.pose(pt.tag(program), machines, sharding="tensor")
     wafer = {"layers.0": 1, "layers.1": 1, "layers.2": 2}  # prefill stays on mesh 0; the head goes with layer 3
     placement = problem.placement([0 if region == "top" else wafer.get((name + "/").split("/")[1], 3)
                                    for name, region in zip(problem.names, problem.region, strict=True)])  # fmt: skip

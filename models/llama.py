@@ -100,6 +100,10 @@ CONFIGS: dict[str, Config] = {
     "llama-2-70b": Config(vocab=32_000, dim=8192, layers=80, heads=64, kv_heads=8, head_dim=128, ffn=28_672, rope_theta=1e4),
     "llama-3-8b": Config(vocab=128_256, dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14_336),
     "llama-3-8b-mha": Config(vocab=128_256, dim=4096, layers=32, heads=32, kv_heads=32, head_dim=128, ffn=14_336),  # every query head its own keys
+    "mistral-7b": Config(vocab=32_000, dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14_336, rope_theta=1e6),
+    "codellama-34b": Config(vocab=32_000, dim=8192, layers=48, heads=64, kv_heads=8, head_dim=128, ffn=22_016, rope_theta=1e6),
+    "qwen3-0.6b": Config(vocab=151_936, dim=1024, layers=28, heads=16, kv_heads=8, head_dim=128, ffn=3072, rope_theta=1e6,
+                         norm_eps=1e-6, qk_norm=True, tied=True),
     "qwen3-8b": Config(vocab=151_936, dim=4096, layers=36, heads=32, kv_heads=8, head_dim=128, ffn=12_288, rope_theta=1e6,
                        norm_eps=1e-6, qk_norm=True),
 }  # fmt: skip

@@ -69,6 +69,8 @@ CONFIGS: dict[str, Config] = {
     "tiny": Config(vocab=256, dim=64, layers=2, decoder_layers=3, heads=4, head_dim=16, ffn=128, gated=True, tied=False, scaled_head=False,
                    dtype="float32"),
     "t5-base": Config(dim=768, layers=12, decoder_layers=12, heads=12, ffn=3072),
+    "t5-3b": Config(dim=1024, layers=24, decoder_layers=24, heads=32, head_dim=128, ffn=16_384),
+    "flan-t5-xl": Config(dim=2048, layers=24, decoder_layers=24, heads=32, head_dim=64, ffn=5120, gated=True, tied=False, scaled_head=False),
     "flan-t5-xxl": Config(dim=4096, layers=24, decoder_layers=24, heads=64, ffn=10_240, gated=True, tied=False, scaled_head=False),
 }  # fmt: skip
 

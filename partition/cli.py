@@ -33,6 +33,7 @@ NewTokens = Annotated[int, typer.Option("--new-tokens", help="tokens to write", 
 Batch = Annotated[int, typer.Option("--batch", help="sequences that run together", min=1)]
 Trips = Annotated[Optional[int], typer.Option("--trips", help="how often a loop runs whose structure does not tell", min=0)]  # noqa: UP045
 Sets = Annotated[Optional[list[str]], typer.Option("--set", help="another number for the cluster, such as efa_v3.beta='200 GB/s', cs3.price='20 $/h', trn2.count=8")]  # noqa: UP045
+Sharding = Annotated[str, typer.Option("--sharding", help="inside a mesh: search for the fastest, or tensor (parallel over all devices)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -50,7 +51,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, trips: int | None,
-              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
+              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search") -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
     """Plan one request of a model by name; gives the plan and the arguments."""
     from partition import profiles
     from partition.pipeline import model_bytes, plan, request
@@ -64,7 +65,7 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
             _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
-        return plan(fn, args, cluster=machines, policy=policy, objective=objective, trips=trips, title=title, progress=say, dump=dump), args
+        return plan(fn, args, cluster=machines, policy=policy, objective=objective, trips=trips, title=title, progress=say, dump=dump, sharding=sharding), args
 
 
 def replaced(cluster: Cluster, sets: Sequence[str] | None) -> Cluster:
@@ -94,13 +95,13 @@ def plan_command(
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
-    sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
+    sharding: Sharding = "search", sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
 ) -> None:  # fmt: skip
     """Plan a model on a cluster."""
     from partition.pipeline import to_json, writable
 
     writable(out, dump)
-    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets)
+    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding)
     if out is not None:
         made.save(out)
     swings = None
@@ -126,14 +127,14 @@ def check_command(
     trips: Trips = None, as_json: AsJson = False, default_options: Annotated[bool, typer.Option("--default-options", help="compile with XLA's defaults instead of the strict ones")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json-file", help="write the verdict as JSON")] = None,  # noqa: UP045
     junit: Annotated[Optional[Path], typer.Option("--junit", help="write the verdict as JUnit XML")] = None,  # noqa: UP045
-    sets: Sets = None,
+    sharding: Sharding = "search", sets: Sets = None,
 ) -> None:  # fmt: skip
     """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
     from partition import equivalence, execution, reporting
     from partition.pipeline import writable, write
 
     writable(*(file.parent for file in (json_file, junit) if file is not None))
-    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=seed, sets=sets)
+    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=seed, sets=sets, sharding=sharding)
     with progress() as say:
         say("cut")
         runner = execution.prepare(made.stages, strict=not default_options, progress=say)
@@ -156,7 +157,7 @@ def compare_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3",
     policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
     objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
-    sets: Sets = None,
+    sharding: Sharding = "search", sets: Sets = None,
 ) -> None:  # fmt: skip
     """Compare policies on one problem."""
     from partition.bench import compare

@@ -1,7 +1,7 @@
 """Compiles stages ahead of time for the CPU host devices that stand for their meshes, and runs them.
 
 Each mesh is given `stand_in` host devices of its own. Inside it ops run tensor-parallel under the named shardings that `sharding.py`
-chose for that degree. Values cross by explicit transfers, whose bytes are counted from the arrays that were moved. Nothing waits
+chose for the mesh, narrowed to their number. Values cross by explicit transfers, whose bytes are counted from the arrays that were moved. Nothing waits
 between stages: JAX dispatches ahead, and only a loop's condition is read on the host.
 """
 
@@ -26,7 +26,7 @@ from partition.dispatch import Walk
 from partition.errors import ExecutionError, told
 from partition.graph import OPAQUE, Value, bodies
 from partition.program import Program
-from partition.sharding import Layout, Split, layout
+from partition.sharding import Layout, Split, layout, narrowed
 from partition.stages import Stage, Stages
 
 STRICT = {"xla_allow_excess_precision": False, "xla_cpu_use_fusion_emitters": False}
@@ -86,18 +86,19 @@ def _host_mesh(devices: Sequence[Any]) -> Mesh:
     return Mesh(np.array(devices).reshape(tuple(factors) or (1,)), names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def _spec(mesh: Mesh, split: Split | None, rank: int) -> PartitionSpec:
-    """The partition spec of a tensor that is split along one dimension, over axes whose sizes make up the ways; else replicated."""
-    if split is None:
-        return PartitionSpec()
-    axes, left = [], split[1]
-    for name, n in mesh.shape.items():
-        if left % n == 0 and n > 1:
-            axes.append(name)
-            left //= n
-    if left != 1 or split[0] >= rank:
-        return PartitionSpec()
-    return PartitionSpec(*([None] * split[0]), tuple(axes))
+def _spec(mesh: Mesh, split: Split | None, shape: Sequence[int]) -> PartitionSpec:
+    """The partition spec of a tensor: axes of the mesh for each dimension that is split, as many as divide it, until all pieces are dealt out."""
+    spec: list[tuple[str, ...] | None] = [None] * len(shape)
+    free, left = list(mesh.shape.items()), split[1] if split else 1
+    for d in split[0] if split else ():
+        here, size = list[str](), shape[d]
+        for name, n in list(free):
+            if n > 1 and left % n == 0 and size % n == 0:
+                here.append(name)
+                free.remove((name, n))
+                left, size = left // n, size // n
+        spec[d] = tuple(here) or None
+    return PartitionSpec(*spec)
 
 
 class Runner:
@@ -122,13 +123,12 @@ class Runner:
             )  # fmt: skip
         self.meshes: dict[int, Mesh] = {}
         self.layouts: dict[int, Layout] = {}
-        first, by_degree = 0, dict[int, Layout]()
+        first = 0
         for m in used:
             self.meshes[m] = _host_mesh(devices[first : first + sizes[m]])
             first += sizes[m]
-            if sizes[m] not in by_degree:
-                by_degree[sizes[m]] = layout(self.program.graph, sizes[m])
-            self.layouts[m] = by_degree[sizes[m]]
+            wide = stages.problem.layouts[m] if stages.problem.layouts else layout(self.program.graph, cluster.meshes[m].count)
+            self.layouts[m] = narrowed(wide, self.program.graph, sizes[m])
         self.compiled: dict[int, Callable[..., Any]] = {}
         self.unique = 0
         self._compile(progress)
@@ -136,7 +136,7 @@ class Runner:
     def sharding(self, value: Value, mesh: int) -> NamedSharding:
         """How a value lies on a mesh."""
         split = self.layouts[mesh].tensors.get(value[0])
-        return NamedSharding(self.meshes[mesh], _spec(self.meshes[mesh], split, len(self.tensors[value[0]].shape)))
+        return NamedSharding(self.meshes[mesh], _spec(self.meshes[mesh], split, self.lowered.avals[value[0]].shape if value[1] is None else (0, *self.lowered.avals[value[0]].shape[1:])))
 
     def _compile(self, progress: Callable[[str], None] | None) -> None:
         seen: dict[Any, Callable[..., Any]] = {}

@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -54,13 +54,18 @@ class Quantity:
         return dataclasses.replace(self, value=value, low=None, high=None)
 
 
+def number(dimension: str, **options: Any) -> Any:
+    """A field that holds a Quantity of a dimension of `units.UNITS`: what profiles read and `Cluster.replace` sets."""
+    return dataclasses.field(metadata={"dimension": dimension}, **options)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
     """The memory that holds weights, KV cache and activations: capacity [B], bandwidth [B/s], usable share of the capacity."""
 
-    capacity: Quantity
-    bandwidth: Quantity
-    usable: Quantity
+    capacity: Quantity = number("bytes")
+    bandwidth: Quantity = number("bandwidth")
+    usable: Quantity = number("fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,20 +77,65 @@ class Region:
     the cores, both again for each row, and the arithmetic. side: g, where it is not what layers side by side leave each.
     """
 
-    cores: Quantity
-    clock: Quantity
-    lanes: Quantity
-    fixed: Quantity
-    hop: Quantity
-    row_fixed: Quantity
-    row_hop: Quantity
-    mac: Quantity
-    side: Quantity | None = None
+    cores: Quantity = number("number")
+    clock: Quantity = number("frequency")
+    lanes: Quantity = number("number")
+    fixed: Quantity = number("cycles")
+    hop: Quantity = number("cycles")
+    row_fixed: Quantity = number("cycles")
+    row_hop: Quantity = number("cycles")
+    mac: Quantity = number("cycles")
+    side: Quantity | None = number("number", default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Systolic:
+    """How a Neuron chip computes: a systolic array in each of its cores, attention on the vector engines, one compiled shape for a bucket.
+
+    cores: of the chip, which share its heads. rows: the fewest that a pass through the array takes. score [s]: of one key position for one
+    query row of one head on a core; score_rows [s]: the more that `tile` rows of queries take. start [s]: of a request, before and after
+    prefill. bucket: prompts and caches are padded to this times a power of two. prefill_batch: prompts that prefill takes at once.
+    """
+
+    cores: Quantity = number("number")
+    rows: Quantity = number("number")
+    tile: Quantity = number("number")
+    score: Quantity = number("time")
+    score_rows: Quantity = number("time")
+    start: Quantity = number("time")
+    bucket: Quantity = number("number")
+    prefill_batch: Quantity = number("number")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Streaming:
+    """How a GPU computes: tiles dealt out in waves to equal processors, a smooth roofline, kernels that take time to launch.
+
+    processors: streaming multiprocessors. launch [s]: of a kernel. reduction [s]: the second kernel of a contraction whose inner dimension is
+    split. exponent: how sharp the roofline bends. epilogue [s]: of a tile of 128 x 128 results. load [B/s]: operands into one processor.
+    attention_launch, attention_split, attention_block [s]: of an attention, the kernel that joins split keys, each block of query rows.
+    softmax [elements/s]: of one processor. cache_write: the bytes of new keys and values, how many times over. packs: whether a block
+    takes the query heads that share a key, as FlashAttention 3 does.
+    """
+
+    processors: Quantity = number("number")
+    launch: Quantity = number("time")
+    reduction: Quantity = number("time")
+    exponent: Quantity = number("number")
+    epilogue: Quantity = number("time")
+    load: Quantity = number("bandwidth")
+    attention_launch: Quantity = number("time")
+    attention_split: Quantity = number("time")
+    attention_block: Quantity = number("time")
+    attention_exponent: Quantity = number("number")
+    softmax: Quantity = number("frequency")
+    cache_write: Quantity = number("number")
+    packs: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """One chip, wafer or GPU. With a `region` its contractions cost what that says, and peak, bandwidth and efficiencies count for the rest.
+    """One chip, wafer or GPU. How its contractions cost what they cost, a `region`, `systolic` or `streaming` says; without, a plain roofline.
 
     peak: dense FLOP/s by dtype. compute_efficiency, memory_efficiency: the share of peak and of bandwidth that large ops reach.
     contraction_latency [s]: the fixed time of one contraction (launch, fabric hops), which no roofline shows. price [$/s], power [W].
@@ -95,12 +145,14 @@ class Device:
     title: str
     peak: Mapping[str, Quantity]
     memory: Memory
-    compute_efficiency: Quantity
-    memory_efficiency: Quantity
-    contraction_latency: Quantity
-    price: Quantity
-    power: Quantity
+    compute_efficiency: Quantity = number("fraction")
+    memory_efficiency: Quantity = number("fraction")
+    contraction_latency: Quantity = number("time")
+    price: Quantity = number("price")
+    power: Quantity = number("power")
     region: Region | None = None
+    systolic: Systolic | None = None
+    streaming: Streaming | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,9 +164,9 @@ class Link:
 
     name: str
     title: str
-    alpha: Quantity
-    beta: Quantity
-    price: Quantity
+    alpha: Quantity = number("time")
+    beta: Quantity = number("bandwidth")
+    price: Quantity = number("price per byte")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,40 +5,37 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from partition import units
 from partition.errors import NameUnknownError, ProfileError
-from partition.hardware import Cluster, Device, End, Kind, Link, Quantity
+from partition.hardware import Cluster, End, Kind, Quantity
 
-DIMENSIONS = {
-    "memory.capacity": "bytes", "memory.bandwidth": "bandwidth", "memory.usable": "fraction", "compute_efficiency": "fraction",
-    "memory_efficiency": "fraction", "contraction_latency": "time", "price": "price", "power": "power",
-}  # fmt: skip
-"""Of a device's numbers; a peak is a "compute"."""
-
-REGION_DIMENSIONS = {"cores": "number", "clock": "frequency", "lanes": "number", "fixed": "cycles", "hop": "cycles", "row_fixed": "cycles",
-                     "row_hop": "cycles", "mac": "cycles"}  # fmt: skip
-"""Of a wafer's regions."""
-
-LINK_DIMENSIONS = {"alpha": "time", "beta": "bandwidth", "price": "price per byte", "ingest": "bandwidth"}
 _BETTER_LOW = frozenset({"time", "price", "price per byte", "power", "cycles"})
+_INGEST = "ingest"
+
+
+def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Quantity]]:
+    """(field, dimension, number) of every quantity that a device or a link holds, tables within included: "memory.bandwidth"."""
+    for field in dataclasses.fields(value):
+        held = getattr(value, field.name)
+        if isinstance(held, Quantity):
+            yield prefix + field.name, field.metadata["dimension"], held
+        elif field.name == "peak":
+            yield from ((f"peak.{dtype}", "compute", q) for dtype, q in held.items())
+        elif dataclasses.is_dataclass(held):
+            yield from numbers(held, f"{prefix}{field.name}.")
 
 
 def quantities(cluster: Cluster) -> Iterator[tuple[str, str, Quantity]]:
     """(name, dimension, number) of everything in a cluster that `Cluster.replace` can set, each once."""
-    for device in {m.device.name: m.device for m in cluster.meshes}.values():
-        yield from ((f"{device.name}.peak.{dtype}", "compute", q) for dtype, q in device.peak.items())
-        for field, dimension in DIMENSIONS.items():
-            yield f"{device.name}.{field}", dimension, _get(device, field)
-        if device.region is not None:
-            yield from ((f"{device.name}.region.{field}", dimension, getattr(device.region, field)) for field, dimension in REGION_DIMENSIONS.items())
-    links = [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]
-    for link in {link.name: link for link in links}.values():
-        yield from ((f"{link.name}.{field}", LINK_DIMENSIONS[field], getattr(link, field)) for field in ("alpha", "beta", "price"))
+    devices = {m.device.name: m.device for m in cluster.meshes}
+    links = {link.name: link for link in [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]}
+    for value in (*devices.values(), *links.values()):
+        yield from ((f"{value.name}.{field}", dimension, q) for field, dimension, q in numbers(value))
     for edge in {e.link.name: e for e in cluster.edges if e.ingest is not None}.values():
         assert edge.ingest is not None
-        yield f"{edge.link.name}.ingest", "bandwidth", edge.ingest
+        yield f"{edge.link.name}.{_INGEST}", "bandwidth", edge.ingest
 
 
 def replaced(cluster: Cluster, values: Mapping[str, str | float]) -> Cluster:
@@ -89,34 +86,23 @@ def _counted(cluster: Cluster, name: str, said: str | float) -> Cluster:
     return dataclasses.replace(cluster, meshes=tuple(new if m is mesh else m for m in cluster.meshes))
 
 
-def _get(device: Device, field: str) -> Quantity:
-    value: Any = device
-    for part in field.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Quantity)
-    return value
+def put(value: Any, field: str, q: Quantity) -> Any:
+    """A device or a link with one number set."""
+    first, _, rest = field.partition(".")
+    held = getattr(value, first)
+    if first == "peak":
+        return dataclasses.replace(value, peak={**held, rest: q})
+    return dataclasses.replace(value, **{first: put(held, rest, q) if rest else q})
 
 
 def _put(cluster: Cluster, name: str, q: Quantity) -> Cluster:
     owner, _, field = name.partition(".")
 
-    def device(d: Device) -> Device:
-        if d.name != owner:
-            return d
-        if field.startswith("peak."):
-            return dataclasses.replace(d, peak={**d.peak, field.removeprefix("peak."): q})
-        if field.startswith("region."):
-            assert d.region is not None
-            return dataclasses.replace(d, region=dataclasses.replace(d.region, **{field.removeprefix("region."): q}))
-        if field.startswith("memory."):
-            return dataclasses.replace(d, memory=dataclasses.replace(d.memory, **{field.removeprefix("memory."): q}))
-        return dataclasses.replace(d, **cast(Any, {field: q}))
+    def set_in(value: Any) -> Any:
+        return put(value, field, q) if value is not None and value.name == owner and field != _INGEST else value
 
-    def link(given: Link) -> Link:
-        return dataclasses.replace(given, **cast(Any, {field: q})) if given.name == owner and field != "ingest" else given
-
-    devices = {d.name: device(d) for d in {m.device.name: m.device for m in cluster.meshes}.values()}
-    meshes = tuple(dataclasses.replace(m, device=devices.get(m.device.name, m.device), fabric=None if m.fabric is None else link(m.fabric)) for m in cluster.meshes)
+    devices = {m.device.name: set_in(m.device) for m in cluster.meshes}
+    meshes = tuple(dataclasses.replace(m, device=devices[m.device.name], fabric=set_in(m.fabric)) for m in cluster.meshes)
     ingest = None if math.isinf(q.value) else q
-    edges = tuple(dataclasses.replace(e, link=link(e.link), ingest=ingest if e.link.name == owner and field == "ingest" else e.ingest) for e in cluster.edges)
+    edges = tuple(dataclasses.replace(e, link=set_in(e.link), ingest=ingest if e.link.name == owner and field == _INGEST else e.ingest) for e in cluster.edges)
     return dataclasses.replace(cluster, meshes=meshes, edges=edges)

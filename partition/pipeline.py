@@ -251,7 +251,7 @@ def place(problem: Problem, how: str | Policy, **options: Any) -> Placement:
 def plan(
     fn: Callable[..., Any] | Program, args: tuple[Any, ...] = (), *, cluster: str | Cluster, policy: str | Policy = "phase_split", objective: str = "e2e",
     level: Literal["block", "op"] = "block", trips: int | None = None, title: str | None = None,
-    progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
+    sharding: Literal["search", "tensor"] = "search", progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
 ) -> Plan:  # fmt: skip
     """Trace, tag, pose, place: a Plan for `fn(*args)`, or for a Program, on a cluster (a name, a .toml path, or a Cluster).
 
@@ -273,7 +273,7 @@ def plan(
     machines = profiles.cluster(cluster) if isinstance(cluster, str) else cluster
     traced = fn if isinstance(fn, program.Program) else timed("trace", lambda: program.trace(fn, *args))
     tagged = timed("tag", lambda: phases.tag(traced))
-    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips))
+    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips, sharding=sharding))
     placed = timed("place", lambda: place(posed, policy))
     estimate = evaluate(posed, placed)
     made = Plan(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from partition.coarsen import Block, coarsen, share
+from partition.collectives import collective
 from partition.costs import Cost, costs
 from partition.errors import NameUnknownError, PlacementError, TraceError, WorkError
 from partition.flow import Flow, Resident, flows
@@ -165,17 +166,20 @@ class Problem:
 
 def pose(
     phases: Phases, cluster: Cluster, *, objective: str = "e2e", level: Literal["block", "op"] = "block",
-    trips: int | None = None, pins: Mapping[str, str] | None = None,
+    trips: int | None = None, pins: Mapping[str, str] | None = None, sharding: Literal["search", "tensor"] = "search",
 ) -> Problem:  # fmt: skip
     """Make the placement problem of a tagged program on a cluster.
 
     objective: one of OBJECTIVES. level: "block" or "op". trips: for loops whose structure does not tell how often they run.
-    pins: node name -> mesh name. Raises NameUnknownError, WorkError.
+    pins: node name -> mesh name. sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
+    over all devices, even where that is slower. Raises NameUnknownError, WorkError.
     """
     if objective not in OBJECTIVES:
         raise NameUnknownError.among("objective", objective, OBJECTIVES)
     if level not in ("block", "op"):
         raise NameUnknownError.among("level", str(level), ("block", "op"))
+    if sharding not in ("search", "tensor"):
+        raise NameUnknownError.among("sharding", str(sharding), ("search", "tensor"))
     if trips is not None and trips < 0:
         raise WorkError(f"a loop cannot run {trips} times", where="pose(trips=...)", mend="give the number of trips, from 0")
     if sizes := phases.program.sizes:
@@ -187,8 +191,7 @@ def pose(
     on_chip: set[int] = set()
     works = work(graph, weights=weights, trips=trips, on_chip=on_chip)
     blocks = coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
-    by_degree = {n: layout(graph, n) for n in {m.count for m in cluster.meshes}}
-    splits = [by_degree[m.count] for m in cluster.meshes]
+    splits = layouts(phases, works, cluster, trips, tensor=sharding == "tensor")
     flowing, lying = flows(blocks, phases, runs)
     names = _unique([b.scope or b.phase for b in blocks])
     return Problem(
@@ -202,6 +205,20 @@ def pose(
         pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), blocks=blocks,
         works=_node_works(blocks, works), phases=phases, layouts=tuple(splits), op_works=works, trips=trips,
     )  # fmt: skip
+
+
+def layouts(phases: Phases, works: Mapping[int, Work], cluster: Cluster, trips: int | None = None, *, tensor: bool = False) -> list[Layout]:
+    """How each mesh of a cluster splits a program, by a search with the mesh's own times (see `sharding`); alike meshes alike."""
+    graph, made = phases.program.graph, dict[tuple[object, ...], Layout]()
+    for m in cluster.meshes:
+        key = (m.device.name, m.count, m.fabric.name if m.fabric else None)
+        if key not in made and m.count == 1:
+            made[key] = layout(graph, 1)
+        elif key not in made:
+            alone = costs(graph, works, layout(graph, 1), dataclasses.replace(m, count=1), trips, _layers_on(phases, cluster, m))
+            wait = functools.partial(collective, fabric=m.fabric)
+            made[key] = layout(graph, m.count, {i: c.busy for i, c in alone.items()}, wait, capacity=0.9 * m.capacity / m.count, tensor=tensor)
+    return [made[m.device.name, m.count, m.fabric.name if m.fabric else None] for m in cluster.meshes]
 
 
 def on(problem: Problem, cluster: Cluster) -> Problem:

@@ -7,6 +7,7 @@ itself first.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import math
 import tomllib
@@ -14,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from partition import units
 from partition.errors import NameUnknownError, ProfileError
-from partition.hardware import Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity, Region
+from partition.hardware import Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity, Region, Streaming, Systolic
 
 _MEND = "write {{ value = \"{example}\", kind = \"published\", source = \"where it stands\" }}"  # fmt: skip
 _EXAMPLES = {"time": "15 us", "bytes": "96 GiB", "bandwidth": "400 Gbit/s", "compute": "667 TFLOP/s", "price": "2.24 $/h",
@@ -92,43 +93,32 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
-class _Memory(_Strict):
-    capacity: _quantity("bytes")  # type: ignore[valid-type]
-    bandwidth: _quantity("bandwidth")  # type: ignore[valid-type]
-    usable: _quantity("fraction")  # type: ignore[valid-type]
+def _schema(of: type[Any]) -> type[_Strict]:
+    """The table that a value of `hardware` is read from: its numbers with their dimensions, and tables within."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(of):
+        needed = field.default is dataclasses.MISSING
+        if "dimension" in field.metadata:
+            kind = _quantity(field.metadata["dimension"])
+            fields[field.name] = (kind, ...) if needed else (kind | None, None)
+        elif field.name in _WITHIN:
+            fields[field.name] = (_schema(_WITHIN[field.name]), ...) if needed else (_schema(_WITHIN[field.name]) | None, None)
+        elif field.name == "peak":
+            fields[field.name] = (Annotated[dict[str, _quantity("compute")], BeforeValidator(_known_dtypes), Field(min_length=1)], ...)  # type: ignore[misc]
+        else:
+            fields[field.name] = (Name, ...) if needed else (bool, field.default)
+    return create_model(f"_{of.__name__}", __base__=_Strict, **fields)
 
 
-class _Region(_Strict):
-    cores: _quantity("number")  # type: ignore[valid-type]
-    clock: _quantity("frequency")  # type: ignore[valid-type]
-    lanes: _quantity("number")  # type: ignore[valid-type]
-    fixed: _quantity("cycles")  # type: ignore[valid-type]
-    hop: _quantity("cycles")  # type: ignore[valid-type]
-    row_fixed: _quantity("cycles")  # type: ignore[valid-type]
-    row_hop: _quantity("cycles")  # type: ignore[valid-type]
-    mac: _quantity("cycles")  # type: ignore[valid-type]
-    side: _quantity("number") | None = None  # type: ignore[valid-type]
+_WITHIN: dict[str, type[Any]] = {"memory": Memory, "region": Region, "systolic": Systolic, "streaming": Streaming}
+MODELS = ("region", "systolic", "streaming")
+"""The tables of a device that say how its contractions cost what they cost; at most one of them stands in a profile."""
 
 
-class _Device(_Strict):
-    name: Name
-    title: Name
-    peak: Annotated[dict[str, _quantity("compute")], BeforeValidator(_known_dtypes), Field(min_length=1)]  # type: ignore[valid-type]
-    memory: _Memory
-    compute_efficiency: _quantity("fraction")  # type: ignore[valid-type]
-    memory_efficiency: _quantity("fraction")  # type: ignore[valid-type]
-    contraction_latency: _quantity("time")  # type: ignore[valid-type]
-    price: _quantity("price")  # type: ignore[valid-type]
-    power: _quantity("power")  # type: ignore[valid-type]
-    region: _Region | None = None
-
-
-class _Link(_Strict):
-    name: Name
-    title: Name
-    alpha: _quantity("time")  # type: ignore[valid-type]
-    beta: _quantity("bandwidth")  # type: ignore[valid-type]
-    price: _quantity("price per byte")  # type: ignore[valid-type]
+def _one_model(made: Any) -> Any:
+    if len(given := [m for m in MODELS if getattr(made, m) is not None]) > 1:
+        raise ValueError(f"a device computes in one way, this one has {' and '.join(given)}; keep one of the tables")
+    return made
 
 
 class _Mesh(_Strict):
@@ -154,7 +144,7 @@ class _Cluster(_Strict):
     links: list[_Edge] = []
 
 
-_TABLES: dict[str, type[_Strict]] = {"device": _Device, "link": _Link, "cluster": _Cluster}
+_TABLES: dict[str, Any] = {"device": Annotated[_schema(Device), AfterValidator(_one_model)], "link": _schema(Link), "cluster": _Cluster}
 Table = Literal["device", "link", "cluster"]
 
 
@@ -206,7 +196,7 @@ def _read(path: Path, table: Table) -> Any:
         raise ProfileError(f"expected one table [{table}], found {', '.join(f'[{k}]' for k in raw) or 'none'}",
                            where=f"{path}:1", mend=f"a {table} profile holds [{table}] and nothing beside it")  # fmt: skip
     try:
-        return _TABLES[table].model_validate(raw[table])
+        return TypeAdapter(_TABLES[table]).validate_python(raw[table])
     except ValidationError as error:
         lines = []
         for fault in error.errors():
@@ -255,7 +245,7 @@ def device(name: str, beside: Path | None = None) -> Device:
     """Read a device profile by name or path. Raises ProfileError, NameUnknownError."""
     raw = _read(_find(name, "device", beside), "device")
     fields = {key: getattr(raw, key) for key in type(raw).model_fields}
-    return Device(**fields | {"memory": Memory(**dict(raw.memory)), "region": None if raw.region is None else Region(**dict(raw.region))})
+    return Device(**fields | {key: made(**dict(fields[key])) for key, made in _WITHIN.items() if fields[key] is not None})
 
 
 def link(name: str, beside: Path | None = None) -> Link:

@@ -21,9 +21,9 @@ def tagged(name: str = "tiny", **options: Any) -> tuple[Phases, tuple[Any, ...]]
 
 
 def posed(cluster: str = "trn2_efa_cs3", objective: str = "e2e", level: Any = "block", **options: Any) -> tuple[Problem, tuple[Any, ...]]:
-    """The problem of a small request on a cluster."""
+    """The problem of a small request on a cluster, split along its weights as no search would split a model so small."""
     phases, args = tagged(**options)
-    return pose(phases, profiles.cluster(cluster), objective=objective, level=level), args
+    return pose(phases, profiles.cluster(cluster), objective=objective, level=level, sharding="tensor"), args
 
 
 def alternating(problem: Problem) -> Any:

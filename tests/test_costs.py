@@ -137,16 +137,13 @@ def test_a_loop_of_unknown_trips_takes_the_callers_word() -> None:
 
 
 def test_a_mesh_pays_its_layouts_collectives_and_gains_its_ways() -> None:
-    big = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
-    fn = lambda w, x: jnp.tanh(x @ w["up"]) @ w["down"]  # noqa: E731
-    program = trace(fn, {"up": big, "down": big}, big)
-    works = work(program.graph)
-    alone, four = (
-        costs(program.graph, works, layout(program.graph, m.count), m) for m in (mesh(count=1), mesh(count=4))
-    )  # fmt: skip
+    up, down, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1024, 4096), (4096, 1024), (1, 1024)))
+    program = trace(lambda w, x: x + jnp.tanh(x @ w["up"]) @ w["down"], {"up": up, "down": down}, x)
+    works, four_ways = work(program.graph), layout(program.graph, 4, tensor=True)
+    alone, four = costs(program.graph, works, layout(program.graph, 1), mesh(count=1)), costs(program.graph, works, four_ways, mesh(count=4))
     up, down = [o.id for o in program.graph.ops if o.primitive == "dot_general"]
     assert four[up].compute == pytest.approx(alone[up].compute / 4) and four[up].link == 0
     assert four[down].compute == pytest.approx(alone[down].compute / 4)
-    assert four[down].link == pytest.approx(10e-6 + 2 * 3 / 4 * 4 * 2**20 / 100e9)  # one all-reduce of 4 MiB, by rows
+    assert four[down].link == pytest.approx(10e-6 + 2 * 3 / 4 * 4096 / 100e9)  # one all-reduce of 4 KiB, by rows
     slow = dataclasses.replace(mesh(count=4), fabric=mesh(beta=50e9).fabric)
-    assert costs(program.graph, works, layout(program.graph, 4), slow)[down].link > four[down].link
+    assert costs(program.graph, works, four_ways, slow)[down].link > four[down].link

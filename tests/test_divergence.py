@@ -74,12 +74,12 @@ def cut_body(problem: pt.Problem) -> pt.Placement:
 def test_a_late_trip_of_a_cut_loop_is_searched_too() -> None:
     fn = request(jnp.sin, late=3)
     program = pt.trace(fn, W, TOKENS)
-    problem = pt.pose(pt.tag(program), pt.cluster("trn2_efa_4cs3"), level="op")
+    problem = pt.pose(pt.tag(program), pt.cluster("trn2_efa_4cs3"), level="op", sharding="tensor")
     stages = pt.cut(program, cut_body(problem))
     verdict = pt.check(stages, W, TOKENS)
     assert verdict.equal and any("first 2 of 5 trips" in n for n in verdict.not_shown)
     other = pt.trace(request(jnp.cos, late=3), W, TOKENS)
-    theirs = pt.cut(other, cut_body(pt.pose(pt.tag(other), pt.cluster("trn2_efa_4cs3"), level="op")))
+    theirs = pt.cut(other, cut_body(pt.pose(pt.tag(other), pt.cluster("trn2_efa_4cs3"), level="op", sharding="tensor")))
     swap = {a.id: dataclasses.replace(a, jaxpr=b.jaxpr) for a, b in zip(stages.all, theirs.all, strict=True)}
     steps = tuple(dataclasses.replace(s, body=tuple(swap[x.id] for x in s.body)) if hasattr(s, "body") else s for s in stages.steps)
     with pytest.raises(EquivalenceError, match=r"\(sin\)") as error:

@@ -51,7 +51,7 @@ def test_layer_cuts_on_equal_devices_are_bit_equal_in_float32_and_bfloat16() -> 
     cluster = dataclasses.replace(cluster, meshes=tuple(dataclasses.replace(m, stand_in=1) for m in cluster.meshes))
     for dtype in ("float32", "bfloat16"):
         fn, args = llama.generation("tiny", prompt=12, new_tokens=6, seed=0, logits=True, dtype=dtype)
-        problem = pose(tag(trace(fn, *args)), cluster)
+        problem = pose(tag(trace(fn, *args)), cluster, sharding="tensor")
         layer = [next((int(part[7:8]) for part in name.split("/") if part.startswith("layers.")), 2) for name in problem.names]
         mesh = [0 if str(p) == "prefill" else 1 + x for p, x in zip(problem.phase, layer, strict=True)]
         stages = cut(problem.phases.program, problem.placement(mesh))  # type: ignore[union-attr]

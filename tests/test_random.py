@@ -39,7 +39,7 @@ def hold(seed: int) -> str:
     except PhaseError as error:  # a loop inside may choose from floats and feed that back as well: the caller has to say
         assert "feed a chosen token back" in error.what
         phases = tag(program, loop=max(op.id for op in program.graph.ops if op.loop is not None))
-    problem = pose(phases, machines(rng), level="op" if rng.random() < 0.6 else "block", trips=4)
+    problem = pose(phases, machines(rng), level="op" if rng.random() < 0.6 else "block", trips=4, sharding="tensor" if rng.random() < 0.7 else "search")
     mesh = rng.integers(0, len(problem.meshes), len(problem))
     placement = problem.placement(mesh if rng.random() < 0.7 else np.sort(mesh))
     narrow = {"float32": 2e-5 if exact else 6e-2, "bfloat16": 6e-2, "float16": 6e-2}

@@ -29,13 +29,13 @@ def test_the_band_holds_the_estimate_and_its_ends_are_other_clusters() -> None:
         assert getattr(better, field) <= getattr(plan.estimate, field) <= getattr(worse, field)
     assert better.e2e < worse.e2e and "at the better or the worse end of their bands" in str(plan)
     again = pt.evaluate(pt.pose(plan.problem.phases, profiles.cluster("trn2_efa_cs3").at(worse=True)), plan.placement)  # type: ignore[arg-type]
-    assert worse.e2e == pytest.approx(again.e2e)
+    assert again.e2e <= worse.e2e * 1.001  # the band keeps how meshes are split; posed anew, they may be split better for the worse numbers
 
 
 def test_a_problem_on_another_cluster_is_what_posing_there_gives() -> None:
     problem, _ = posed("trn2_efa_cs3")
     cluster = profiles.cluster("trn2_efa_cs3").replace({"cs3.price": "10 $/h", "efa_v3.beta": "50 GB/s", "trn2.compute_efficiency": 0.2})
-    other, wanted = on(problem, cluster), pt.pose(problem.phases, cluster)  # type: ignore[arg-type]
+    other, wanted = on(problem, cluster), pt.pose(problem.phases, cluster, sharding="tensor")  # type: ignore[arg-type]
     for field in dataclasses.fields(Problem):
         if isinstance(value := getattr(wanted, field.name), np.ndarray):
             np.testing.assert_allclose(getattr(other, field.name), value, err_msg=field.name)

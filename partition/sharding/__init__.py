@@ -1,171 +1,121 @@
 """How ops are split inside a mesh of equal devices, and which collectives that takes.
 
-One pass in program order carries, for every tensor, the dimension along which it is split and how many ways (`Split`). Weights are
-decided where they are first read, as Megatron does: after a replicated activation by columns, after a split one by rows with an
-all-reduce. A dimension that the devices do not divide is split as many ways as it can be (9 heads on 2 devices: one way) and the
-rest of the devices repeat the work. Where a reshape into heads admits fewer ways than its weight has columns, the weight is laid
-out that many ways from the start, instead of gathering its result in every layer.
+`layout` searches over the factors of every contraction (`search.py`, over `factors.py` and `pieces.py`): columns or rows of weights (tensor
+parallel), tokens or sequences (sequence and data parallel), experts, or nothing, whichever is fastest with the collectives and resharding
+that it takes, and fits. Key and value heads that are fewer than the devices are held by several of them. The layout that stages run under
+is the same one, `narrowed` to the host devices that stand for the mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 
-from partition.graph import Graph, Op, bodies, roots, weights
-from partition.sharding import handlers
+from partition.graph import Graph, bodies, weights
+from partition.sharding.factors import factors
+from partition.sharding.pieces import Pieces, Split
+from partition.sharding.search import Collective, Search, Terms
 
-Split = handlers.Split
+__all__ = ["Layout", "Split", "layout", "narrowed", "parallelism"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """tensors: tensor id -> its split (absent: replicated). ways: op id -> over how many devices its work is split.
+    """tensors: tensor id -> its split (absent: whole on each device). ways: op id -> over how many devices its work is spread.
 
-    collectives: op id -> (kind, bytes of the whole tensor, devices) of what it must wait for.
+    along: op id -> the factors along which it is split (see `factors.py`). collectives: op id -> (kind, bytes of the whole tensor,
+    devices) of what it waits for. exact: whether the search dropped nothing.
     """
 
     degree: int
     tensors: Mapping[int, Split]
-    ways: Mapping[int, int]
-    collectives: Mapping[int, tuple[tuple[str, float, int], ...]]
+    ways: Mapping[int, float]
+    along: Mapping[int, tuple[int, ...]]
+    collectives: Mapping[int, tuple[Collective, ...]]
+    exact: bool = True
 
     def copies(self, tensor: int) -> float:
-        """How often the bytes of a tensor lie in the memories of the mesh together: degree / ways."""
-        return self.degree / self.tensors[tensor][1] if tensor in self.tensors else float(self.degree)
+        """How much of a tensor's bytes lies in the memories of the mesh together, the fullest device's share on each: degree / ways."""
+        split = self.tensors.get(tensor)
+        return self.degree / Pieces(self.degree).spread(split[1]) if split else float(self.degree)
 
 
-def layout(graph: Graph, degree: int) -> Layout:
-    """Choose the splits of a whole program over `degree` devices."""
+def layout(
+    graph: Graph, degree: int, seconds: Mapping[int, float] | None = None, collective: Callable[[str, float, int], float] | None = None, *,
+    capacity: float = math.inf, tensor: bool = False,
+) -> Layout:  # fmt: skip
+    """Choose how a whole program is split over `degree` devices.
+
+    seconds: of each op on one device, by op id, and of a collective (kind, bytes, devices); by default those of bytes and operations at
+    1 TB/s and 100 TFLOP/s, and of collectives at 10 us and 100 GB/s. capacity [B]: of one device, for the weights. tensor: contractions with weights are split along the weights wherever they can be, and never along tokens, as
+    tensor-parallel servers do.
+    """
     if degree == 1:
-        return Layout(degree=1, tensors={}, ways={}, collectives={})
-    caps: dict[int, int] = {}
-    about = _About(graph)
+        return Layout(degree=1, tensors={}, ways={}, along={}, collectives={})
+    seconds = _plain(graph) if seconds is None else seconds
+    collective = _plain_collective if collective is None else collective
+    weight, loops = _LIGHT, sum(1 for op in graph.ops if op.loop is not None)
     while True:
-        run = Pass(graph, degree, caps, about)
-        run.level(graph)
-        if not run.lowered:
-            return Layout(degree=degree, tensors=run.split, ways=run.ways, collectives=run.comm)
-        caps.update(run.lowered)
+        tried = []
+        for latest in (False, True)[: max(loops, 1)]:  # what one loop settles, the others take as given: the order matters
+            search = Search(graph, Pieces(degree), Terms(seconds, collective, weight, tensor, latest))
+            tried.append((search.level(graph, {}), search.found))
+        found = min(tried, key=lambda t: t[0])[1]
+        made = Layout(degree=degree, tensors={t: w for t, w in found.tensors.items() if w is not None}, ways={i: w for i, w in found.ways.items() if w > 1},
+                      along=found.along, collectives={i: c for i, c in found.comm.items() if c}, exact=found.exact)  # fmt: skip
+        held = sum(graph.tensors[t].nbytes * made.copies(t) / degree for t in weights(graph))
+        if held <= capacity or weight > _HEAVY:
+            return made
+        weight *= 100  # the weights do not fit as they lie: a byte held costs more
 
 
-class _About:
-    """What every pass asks of a program: roots of weights, who reads a tensor, which primitive makes it."""
-
-    def __init__(self, graph: Graph):
-        params = weights(graph)
-        self.root = {t: t for t in params} | {inner: r for inner, r in roots(graph).items() if r in params}
-        self.users: dict[int, list[Op]] = {}
-        self.makers: dict[int, str] = {}
-        for op in graph.walk():
-            for t in op.inputs:
-                self.users.setdefault(t, []).append(op)
-            self.makers.update(dict.fromkeys(op.outputs, op.primitive))
+_LIGHT, _HEAVY = 1e-15, 1e-8
+"""Seconds that the search pays for a byte held: enough to choose between what is equally fast; and where it gives up."""
 
 
-class Pass:
-    """One walk over the program with the caps found so far."""
+def _plain(graph: Graph) -> dict[int, float]:
+    found = {}
+    for op in graph.walk():
+        if op.loop is None and not op.bodies:
+            rule, operands = factors(op, graph.tensors), (*op.inputs, *op.outputs)
+            moved = sum(graph.tensors[t].nbytes for t in operands) if rule.summed else 0.0
+            found[op.id] = max(2.0 * math.prod(rule.sizes) / 1e14 if op.primitive == "dot_general" else 0.0, moved / 1e12)
+    return found
 
-    def __init__(self, graph: Graph, degree: int, caps: Mapping[int, int], about: _About):
-        self.tensors, self.degree, self.caps = graph.tensors, degree, caps
-        self.split: dict[int, Split] = {}
-        self.ways: dict[int, int] = {}
-        self.comm: dict[int, tuple[tuple[str, float, int], ...]] = {}
-        self.lowered: dict[int, int] = {}
-        self.columns: dict[int, int] = {}  # tensor -> the weight whose columns split it
-        self.decided: dict[int, Split | None] = {}
-        self.root, self.users, self.makers = dict(about.root), about.users, about.makers
-        self.view: dict[int, tuple[int, ...]] = {}  # weight-derived tensor -> the root's dimension of each of its own
 
-    def dims(self, t: int) -> tuple[int, ...]:
-        """Which dimension of its root each dimension of a weight is (a slice of a stacked weight lacks the first)."""
-        if t in self.view:
-            return self.view[t]
-        rank, whole = len(self.tensors[t].shape), len(self.tensors[self.root[t]].shape)
-        return tuple(range(whole - rank, whole))
+def _plain_collective(kind: str, nbytes: float, devices: int) -> float:
+    return 1e-5 + (2 if kind == "all_reduce" else 1) * (devices - 1) / devices * nbytes / 1e11
 
-    def decide(self, t: int, dim: int | None) -> None:
-        """Settle a weight's split along one of its dimensions (None: replicated)."""
-        root = self.root[t]
-        if dim is None:
-            self.decided[root] = None
-            return
-        whole = self.dims(t)[dim]
-        ways = math.gcd(self.tensors[root].shape[whole], self.caps.get(root, self.degree))
-        self.decided[root] = (whole, ways) if ways > 1 else None
-        if ways > 1:
-            self.split[root] = (whole, ways)
 
-    def undecided(self, t: int) -> bool:
-        return t in self.root and self.root[t] not in self.decided
+def narrowed(wide: Layout, graph: Graph, degree: int) -> Layout:
+    """The same splits over fewer devices, in as many pieces as divide what is split: how stand-ins hold what the mesh would."""
+    tensors = {}
+    for t, (dims, pieces) in wide.tensors.items():
+        left, over, made = math.gcd(degree, pieces) if pieces < wide.degree else degree, list[int](), 1
+        for d in dims:
+            n = math.gcd(graph.tensors[t].shape[d], left)
+            if n > 1:
+                over.append(d)
+                made *= n
+                left //= n
+            if n < graph.tensors[t].shape[d]:
+                break  # the next dimension would be split across pieces of this one
+        if made > 1:
+            tensors[t] = (tuple(over), made)
+    return Layout(degree=degree, tensors=tensors, ways={}, along={}, collectives={})
 
-    def of(self, t: int) -> Split | None:
-        """The split of a tensor as it stands."""
-        if t in self.root:
-            settled = self.decided.get(self.root[t])
-            if settled is None or settled[0] not in self.dims(t):
-                return None
-            return self.dims(t).index(settled[0]), settled[1]
-        return self.split.get(t)
 
-    def charge(self, op: Op, kind: str, nbytes: float, ways: int) -> None:
-        self.comm[op.id] = (*self.comm.get(op.id, ()), (kind, nbytes, ways))
-
-    def gather(self, op: Op, t: int) -> None:
-        if (s := self.of(t)) is not None:
-            self.charge(op, "all_gather", self.tensors[t].nbytes, s[1])
-
-    def put(self, op: Op, split: Split | None, source: int | None = None) -> None:
-        """Give the results of an op their split; `source` is the operand it comes from."""
-        for t in op.outputs:
-            if split is not None and split[0] < len(self.tensors[t].shape) and split[1] > 1:
-                self.split[t] = split
-                if source in self.columns:
-                    self.columns[t] = self.columns[source]
-            else:
-                self.split.pop(t, None)
-        self.ways[op.id] = max(self.ways.get(op.id, 1), split[1] if split else 1)
-
-    def level(self, graph: Graph) -> None:
-        for op in graph.ops:
-            if op.loop is not None:
-                self.loop(op)
-            elif op.bodies:
-                for t in op.inputs:
-                    self.gather(op, t)
-                for body in op.bodies:
-                    self.level(body)
-                self.put(op, None)
-            else:
-                handlers.handler(op, self.tensors)(self, op)
-
-    def loop(self, op: Op) -> None:
-        loop = op.loop
-        assert loop is not None
-        own, body = op.inputs[loop.cond_consts :], loop.body
-        after = loop.consts + loop.carry
-        for n, (inner, outer) in enumerate(zip(body.inputs, own, strict=True)):
-            if inner in self.root:
+def parallelism(made: Layout, graph: Graph) -> Counter[str]:
+    """How many contractions with weights are split along columns or rows ("tensor"), tokens ("sequence"), experts ("expert"), or not ("none")."""
+    held, kinds = weights(graph), Counter[str]()
+    for op in graph.walk():
+        if op.primitive in ("dot_general", "ragged_dot_general") and not bodies(op):
+            sides = [i for i, t in enumerate(op.inputs[:2]) if t in held]
+            if len(sides) != 1:
                 continue
-            s = self.of(outer)
-            if n >= after and s is not None:
-                s = (s[0] - 1, s[1]) if s[0] > 0 else None
-            if s is not None:
-                self.split[inner] = s
-        while True:
-            for inner_op in (o for b in bodies(op) for o in b.walk()):
-                self.comm.pop(inner_op.id, None)
-                self.ways.pop(inner_op.id, None)
-            self.level(body)
-            carried = list(zip(body.inputs[loop.consts : after], body.outputs[: loop.carry], strict=True))
-            torn = [i for i, o in carried if self.split.get(i) is not None and self.split[i] != self.of(o)]
-            if not torn:
-                break
-            for t in torn:
-                del self.split[t]
-        for n, (t, inner) in enumerate(zip(op.outputs, body.outputs, strict=True)):
-            if n < loop.carry:
-                inner = body.inputs[loop.consts + n]
-            s = self.of(inner)
-            if s is not None:
-                self.split[t] = s if n < loop.carry else (s[0] + 1, s[1])
+            along, rule = made.along.get(op.id, ()), factors(op, graph.tensors)
+            own = {f for dims in rule.ins[sides[0]] for f in dims}
+            kinds["none" if not along else "sequence" if along[0] not in own else "expert" if op.primitive == "ragged_dot_general" and along == (0,) else "tensor"] += 1
+    return kinds
