@@ -127,7 +127,7 @@ class Runner:
         for m in used:
             self.meshes[m] = _host_mesh(devices[first : first + sizes[m]])
             first += sizes[m]
-            wide = stages.problem.layouts[m] if stages.problem.layouts else layout(self.program.graph, cluster.meshes[m].count)
+            wide = stages.problem.layouts[m] if stages.problem.layouts else layout(self.program.graph, cluster.meshes[m].ways)
             self.layouts[m] = narrowed(wide, self.program.graph, sizes[m])
         self.compiled: dict[int, Callable[..., Any]] = {}
         self.unique = 0

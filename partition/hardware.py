@@ -92,9 +92,10 @@ class Region:
 class Systolic:
     """How a Neuron chip computes: a systolic array in each of its cores, attention on the vector engines, one compiled shape for a bucket.
 
-    cores: of the chip, which share its heads. rows: the fewest that a pass through the array takes. score [s]: of one key position for one
-    query row of one head on a core; score_rows [s]: the more that `tile` rows of queries take. start [s]: of a request, before and after
-    prefill. bucket: prompts and caches are padded to this times a power of two. prefill_batch: prompts that prefill takes at once.
+    cores: of the chip, over which ops are split as over chips. rows: the fewest that a pass through the array takes. score [s]: of one key
+    position for one query row of one head on a core; score_rows [s]: the more that `tile` rows of queries take. start, step [s]: what the
+    server adds to a request and to each decode step. bucket: prompts and caches are padded to this times a power of two. prefill_batch:
+    prompts that prefill takes at once.
     """
 
     cores: Quantity = number("number")
@@ -103,6 +104,7 @@ class Systolic:
     score: Quantity = number("time")
     score_rows: Quantity = number("time")
     start: Quantity = number("time")
+    step: Quantity = number("time")
     bucket: Quantity = number("number")
     prefill_batch: Quantity = number("number")
 
@@ -186,6 +188,11 @@ class Mesh:
     def capacity(self) -> float:
         """Bytes that weights, KV cache and activations may fill on all devices of the mesh together."""
         return self.count * float(self.device.memory.capacity) * float(self.device.memory.usable)
+
+    @property
+    def ways(self) -> int:
+        """Over how many ops can be split: devices, or the cores of all of them where these have memory of their own."""
+        return self.count * (int(float(self.device.systolic.cores)) if self.device.systolic is not None else 1)
 
     @property
     def price(self) -> float:

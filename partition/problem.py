@@ -211,14 +211,13 @@ def layouts(phases: Phases, works: Mapping[int, Work], cluster: Cluster, trips: 
     """How each mesh of a cluster splits a program, by a search with the mesh's own times (see `sharding`); alike meshes alike."""
     graph, made = phases.program.graph, dict[tuple[object, ...], Layout]()
     for m in cluster.meshes:
-        key = (m.device.name, m.count, m.fabric.name if m.fabric else None)
-        if key not in made and m.count == 1:
+        if (key := (m.device.name, m.count, m.fabric and m.fabric.name)) not in made and m.ways == 1:
             made[key] = layout(graph, 1)
         elif key not in made:
-            alone = costs(graph, works, layout(graph, 1), dataclasses.replace(m, count=1), trips, _layers_on(phases, cluster, m))
+            alone = costs(graph, works, layout(graph, 1), m, trips, _layers_on(phases, cluster, m))
             wait = functools.partial(collective, fabric=m.fabric)
-            made[key] = layout(graph, m.count, {i: c.busy for i, c in alone.items()}, wait, capacity=0.9 * m.capacity / m.count, tensor=tensor)
-    return [made[m.device.name, m.count, m.fabric.name if m.fabric else None] for m in cluster.meshes]
+            made[key] = layout(graph, m.ways, {i: c.busy for i, c in alone.items()}, wait, capacity=0.9 * m.capacity / m.ways, tensor=tensor)
+    return [made[m.device.name, m.count, m.fabric and m.fabric.name] for m in cluster.meshes]
 
 
 def on(problem: Problem, cluster: Cluster) -> Problem:
@@ -226,11 +225,11 @@ def on(problem: Problem, cluster: Cluster) -> Problem:
 
     Raises PlacementError for a problem that was loaded (it has no program) and for a cluster of other meshes.
     """
-    phases, counts = problem.phases, [s.degree for s in problem.layouts]
+    phases, ways = problem.phases, [s.degree for s in problem.layouts]
     if phases is None:
         raise PlacementError("a loaded problem has no program to take the cost of", where="problem.on(...)", mend="pose the program again")
-    if [m.count for m in cluster.meshes] != counts:
-        raise PlacementError("the cluster has other meshes than the problem", where=f"cluster {cluster.name!r}", mend=f"give one of {len(counts)} meshes of {counts} devices")
+    if [m.ways for m in cluster.meshes] != ways:
+        raise PlacementError("the cluster has other meshes than the problem", where=f"cluster {cluster.name!r}", mend=f"give one of {len(ways)} meshes over which ops are split {ways} ways")
     return dataclasses.replace(problem, **_numbers(phases, problem.blocks, problem.op_works, problem.layouts, cluster, problem.trips))
 
 
@@ -246,15 +245,27 @@ def _layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
 def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work], splits: Sequence[Layout], cluster: Cluster, trips: int | None) -> dict[str, Any]:
     """What of a problem follows from the numbers of a cluster, but for what its meshes hold."""
     priced: dict[tuple[str, int], dict[int, Cost]] = {}
+    prompts = {i for i, phase in phases.of.items() if phase is Phase.PREFILL}, int(phases.batch or 1)
     for m, split in zip(cluster.meshes, splits, strict=True):
         if (m.device.name, m.count) not in priced:
-            priced[m.device.name, m.count] = costs(phases.program.graph, works, split, m, trips, _layers_on(phases, cluster, m))
-    found = _node_costs(blocks, [priced[m.device.name, m.count] for m in cluster.meshes])
+            priced[m.device.name, m.count] = costs(phases.program.graph, works, split, m, trips, _layers_on(phases, cluster, m), prompts=prompts)
+    found = _served(_node_costs(blocks, [priced[m.device.name, m.count] for m in cluster.meshes]), blocks, cluster)
     alpha, beta, money = _links(cluster)
     return {
         "seconds": np.array([[c.seconds for c in row] for row in found]).reshape(len(blocks), len(cluster.meshes)), "costs": found,
         "alpha": alpha, "beta": beta, "price": np.array([m.price for m in cluster.meshes]), "link_price": money, "cluster": cluster,
     }  # fmt: skip
+
+
+def _served(found: tuple[tuple[Cost, ...], ...], blocks: Sequence[Block], cluster: Cluster) -> tuple[tuple[Cost, ...], ...]:
+    """With what servers add to a request (at its first node of prefill) and to a step (at the first node of decode), where they do."""
+    rows = [list(row) for row in found]
+    for phase, field in ((Phase.PREFILL, "start"), (Phase.DECODE, "step")):
+        n = next((n for n, b in enumerate(blocks) if b.phase is phase), None)
+        for m, mesh in enumerate(cluster.meshes):
+            if n is not None and (chip := mesh.device.systolic) is not None:
+                rows[n][m] = rows[n][m] + Cost(latency=float(getattr(chip, field)))
+    return tuple(map(tuple, rows))
 
 
 def _copies(split: Layout, value: Value) -> float:

@@ -280,10 +280,10 @@ def cluster(name: str) -> Cluster:
             raise ProfileError(f"{m.stand_in} host devices cannot stand for {m.count} of mesh {m.name!r}", where=f"{where}.stand_in",
                                mend="let at most one host device stand for each device")  # fmt: skip
         fabric = _named_by(f"{where}.fabric", link, m.fabric, beside) if m.fabric else None
-        if m.count > 1 and fabric is None:
+        made = _named_by(f"{where}.device", device, m.device, beside)
+        if fabric is None and (m.count > 1 or made.systolic is not None):
             raise ProfileError(f"mesh {m.name!r} joins {m.count} devices by no fabric", where=where,
                                mend="name the link inside the mesh: fabric = \"...\"")  # fmt: skip
-        made = _named_by(f"{where}.device", device, m.device, beside)
         meshes += [Mesh(name=n, device=made, count=m.count, stand_in=m.stand_in, fabric=fabric) for n in members[m.name]]
     edges: dict[tuple[str, str], Edge] = {}
     for i, e in enumerate(raw.links):

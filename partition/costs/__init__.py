@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 
+import numpy as np
+
 from partition.collectives import collective
 from partition.costs import region, streaming, systolic
 from partition.costs.contraction import Contraction, attentions, contraction, scores
@@ -39,9 +41,10 @@ def cost(
         return _waiting(systolic.price(work, shape, device, device.systolic, ways), link)
     if shape is not None and device.streaming is not None:
         return _waiting(streaming.price(shape, next(iter(work.flops)), device, device.streaming), link)
-    compute = sum(n / peak(device, dtype) for dtype, n in work.flops.items()) / ways
-    memory = work.bytes / (float(device.memory.bandwidth) * float(device.memory_efficiency)) / ways
-    return Cost(compute=compute, memory=memory, link=link, latency=work.contractions * float(device.contraction_latency), busy=max(compute, memory))
+    parts = mesh.ways / mesh.count  # what one of those that split an op has of a device
+    compute = sum(n / peak(device, dtype) for dtype, n in work.flops.items()) / ways * parts
+    memory = work.bytes / (float(device.memory.bandwidth) * float(device.memory_efficiency)) / ways * parts
+    return Cost(compute=compute, memory=memory, link=link, latency=work.contractions * float(device.contraction_latency), busy=np.maximum(compute, memory))
 
 
 def _waiting(c: Cost, link: float) -> Cost:

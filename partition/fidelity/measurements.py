@@ -20,7 +20,11 @@ tokens of the prompt; positions of the cache; cores a side of a region; bytes th
 
 
 class Measurements(BaseModel):
-    """One file of points that have a source, a subject and a metric in common."""
+    """One file of points that have a source, a subject and a metric in common.
+
+    fitted: whether numbers of the subject were fitted to the points (or the models to which). family, free: the points that are fitted
+    together, and the numbers that they say: "device.<field>", "fabric.<field>", with "own " before it where it is this subject's alone.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,6 +40,8 @@ class Measurements(BaseModel):
     models: str = ""
     without_head: bool = False
     fitted: bool | list[str] = False
+    family: str = ""
+    free: list[str] = []
 
 
 def measurements(folder: str | Path | None = None) -> list[tuple[Path, Measurements]]:

@@ -63,7 +63,7 @@ def _phase(m: Measurements, given: Mapping[str, Any], path: Path) -> tuple[Clust
         device = dataclasses.replace(device, region=dataclasses.replace(device.region, side=side))
     if count > 1 and m.fabric is None:
         raise ProfileError(f"{count} devices are joined by no fabric", where=str(path), mend='name a link: fabric = "..."')
-    mesh = Mesh(name=m.subject, device=device, count=count, stand_in=1, fabric=profiles.link(m.fabric) if count > 1 and m.fabric else None)
+    mesh = Mesh(name=m.subject, device=device, count=count, stand_in=1, fabric=profiles.link(m.fabric) if m.fabric else None)
     cluster = Cluster(name=m.subject, title=m.title, meshes=(mesh,), edges=())
     length, tokens = int(given.get("prompt", 0)), 2
     if m.metric == "tpot":  # many steps, so that the split is the one that serves decode
@@ -87,7 +87,8 @@ def _phase(m: Measurements, given: Mapping[str, Any], path: Path) -> tuple[Clust
         (here,) = c.meshes
         table: Mapping[int, Cost] = costs(graph, works, split, here, layers=layers, prompts=(early, int(given.get("batch", 1))))
         chip = here.device.systolic
-        return float(sum(table[i].seconds for i in counted)) + (float(chip.start) if chip is not None and m.metric == "ttft" else 0.0)
+        served = 0.0 if chip is None else float(chip.start if m.metric == "ttft" else chip.step)
+        return float(sum(table[i].seconds for i in counted)) + served
 
     return cluster, seconds
 
