@@ -199,13 +199,21 @@ def compare_command(
 @app.command("validate")
 def validate_command(
     folder: Annotated[Optional[Path], typer.Argument(help="a folder of measurements; those of the package by default")] = None,  # noqa: UP045
-    points: Annotated[bool, typer.Option("--points", help="every point, not the summaries alone")] = False, as_json: AsJson = False,
+    points: Annotated[bool, typer.Option("--points", help="every point, not the summaries alone")] = False,
+    fit: Annotated[bool, typer.Option("--fit", help="fit the free numbers anew, and say the errors on models left out")] = False,
+    device: Annotated[Optional[str], typer.Option("--device", help="the folder holds tables of operators, measured on this device")] = None,  # noqa: UP045
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Hold the predictions against published measurements: errors by device and metric, the worst points, the bands."""
     from partition.fidelity import fidelity_text, validate
     from partition.tables import table
     from partition.units import seconds
 
+    if fit or device is not None:
+        if fit and device is not None:
+            raise PartitionError("tables of operators are not fitted here", where="--fit --device", mend="give one of them")
+        _print_others(folder, device, as_json)
+        return
     with progress() as say:
         found = validate(folder, progress=say)
     if as_json:
@@ -216,6 +224,24 @@ def validate_command(
                   f"{seconds(p.low)} .. {seconds(p.high)}") for p in found]  # fmt: skip
         print(table("Points", ("subject", "metric", "point", "", "published", "predicted", "error", "band"), lines), end="\n\n")
     print(fidelity_text(found))
+
+
+def _print_others(folder: Path | None, device: str | None, as_json: bool) -> None:
+    """The fits, or the errors of a folder of operators."""
+    from partition import profiles
+    from partition.fidelity.fitting import fit, fits_text
+    from partition.fidelity.operators import operators, operators_text
+
+    with progress() as say:
+        if device is None:
+            fits = fit(folder, progress=say)
+            shown, raw = fits_text(fits), [dataclasses.asdict(f) for f in fits]
+        elif folder is None:
+            raise PartitionError("there is no folder to read tables from", where="--device", mend="name one: partition validate FOLDER --device h100")
+        else:
+            found = operators(folder, profiles.device(device), progress=say)
+            shown, raw = operators_text(found), [dataclasses.asdict(o) for o in found]
+    print(json.dumps(raw) if as_json else shown)
 
 
 @app.command("devices")

@@ -9,7 +9,7 @@ from typing import Any
 
 from partition import units
 from partition.errors import NameUnknownError, ProfileError
-from partition.hardware import Cluster, End, Kind, Quantity
+from partition.hardware import Cluster, Device, End, Kind, Link, Quantity
 
 _BETTER_LOW = frozenset({"time", "price", "price per byte", "power", "cycles"})
 _INGEST = "ingest"
@@ -31,7 +31,8 @@ def quantities(cluster: Cluster) -> Iterator[tuple[str, str, Quantity]]:
     """(name, dimension, number) of everything in a cluster that `Cluster.replace` can set, each once."""
     devices = {m.device.name: m.device for m in cluster.meshes}
     links = {link.name: link for link in [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]}
-    for value in (*devices.values(), *links.values()):
+    values: list[Device | Link] = [*devices.values(), *links.values()]
+    for value in values:
         yield from ((f"{value.name}.{field}", dimension, q) for field, dimension, q in numbers(value))
     for edge in {e.link.name: e for e in cluster.edges if e.ingest is not None}.values():
         assert edge.ingest is not None

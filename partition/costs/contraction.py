@@ -41,6 +41,8 @@ class Contraction:
 
 def attentions(graph: Graph, weights: Collection[int]) -> dict[int, tuple[int, bool]]:
     """Op id of either half of an attention -> (op id of the first half, whether its scores are masked), all levels."""
+    import partition.rules  # noqa: F401  (the rules say which ops ride along)
+
     found: dict[int, tuple[int, bool]] = {}
 
     def level(g: Graph) -> None:

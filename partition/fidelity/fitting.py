@@ -40,6 +40,10 @@ class Fit:
         return float(np.mean(list(self.held_out.values()))) if self.held_out else None
 
 
+_TURNS = 10
+"""How often predictions are linearised anew, at most."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Case:
     model: str
@@ -79,9 +83,12 @@ def fit(folder: str | Path | None = None, progress: Callable[[str], None] | None
 def _fitted(family: str, numbers: Mapping[str, int], cases: Sequence[_Case], start: Sequence[float], say: Callable[[str], None]) -> Fit:
     first = np.log(np.array(start))
     everyone, found = np.arange(len(cases)), first
-    for turn in range(3):
+    for turn in range(_TURNS):
         say(f"fit {family}: turn {turn + 1}")
-        found = found + _step(cases, everyone, found)
+        move = _step(cases, everyone, found)
+        found = found + move
+        if np.abs(move).max() < 0.02:
+            break
     models, held_out = sorted({c.model for c in cases}), {}
     for model in models if len(models) > 1 else ():
         say(f"fit {family} without {model}")

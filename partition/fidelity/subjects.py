@@ -105,7 +105,7 @@ def _tagged(models: str, model: str, prompt: int, tokens: int, batch: int, dtype
     return tag(trace(fn, *args))
 
 
-def _quantised(works: Mapping[int, Work], graph: Graph, dtype: str) -> Mapping[int, Work]:
+def _quantised(works: Mapping[int, Work], graph: Graph, dtype: str) -> dict[int, Work]:
     """Work of a program whose layers' weights are held in a narrower dtype than it was traced with; tables and heads stay as they are."""
     return dict(_narrow(works, graph, dtype))
 
