@@ -56,6 +56,9 @@ def lower_bound(problem: Problem) -> Bound:
         biggest = float((fastest * times).max(initial=0.0))
         proof = "area: all work shared evenly by the fastest meshes" if area >= biggest else "biggest node on its fastest mesh"
         return Bound(score=-problem.workload.tokens / max(area, biggest, 1e-30), proof=proof)
+    if problem.objective == "joules_per_token":
+        least = float((problem.seconds * problem.power[None, :]).min(axis=1) @ times)
+        return Bound(score=least / problem.workload.tokens, proof="every node on the mesh where it takes least energy, transfers free")
     cheapest = float((problem.seconds * problem.price[None, :]).min(axis=1) @ times)
     return Bound(score=cheapest / problem.workload.tokens * 1e6, proof="every node on the mesh where it costs least, transfers free")
 

@@ -27,13 +27,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Model = Annotated[str, typer.Argument(help="a model's name, or module:callable that gives (fn, args)")]
 ClusterName = Annotated[str, typer.Option("--cluster", help="a cluster's name, or a .toml file")]
 PolicyName = Annotated[str, typer.Option("--policy", help="a policy's name, or module:attr")]
-Objective = Annotated[str, typer.Option("--objective", help="ttft, tpot, e2e, throughput or usd_per_mtok")]
+Objective = Annotated[str, typer.Option("--objective", help="ttft, tpot, e2e, throughput, usd_per_mtok or joules_per_token")]
 Prompt = Annotated[int, typer.Option("--prompt", help="prompt length [tokens]", min=1)]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="tokens to write", min=2)]
 Batch = Annotated[int, typer.Option("--batch", help="sequences that run together", min=1)]
 Trips = Annotated[Optional[int], typer.Option("--trips", help="how often a loop runs whose structure does not tell", min=0)]  # noqa: UP045
 Sets = Annotated[Optional[list[str]], typer.Option("--set", help="another number for the cluster, such as efa_v3.beta='200 GB/s', cs3.price='20 $/h', trn2.count=8")]  # noqa: UP045
 Sharding = Annotated[str, typer.Option("--sharding", help="inside a mesh: search for the fastest, or tensor (parallel over all devices)")]
+Times = Annotated[Optional[Path], typer.Option("--costs", help="a CSV file of measured times: node, machine, time")]  # noqa: UP045
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -51,9 +52,9 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, trips: int | None,
-              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search") -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
+              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search", costs: Path | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
     """Plan one request of a model by name; gives the plan and the arguments."""
-    from partition import profiles
+    from partition import measured, profiles
     from partition.pipeline import model_bytes, plan, request
     from partition.pipeline import policy as find_policy
 
@@ -65,7 +66,7 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
             _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
-        return plan(fn, args, cluster=machines, policy=policy, objective=objective, trips=trips, title=title, progress=say, dump=dump, sharding=sharding), args
+        return plan(fn, args, cluster=machines, policy=policy, objective=objective, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, costs=None if costs is None else measured.read(costs)), args
 
 
 def replaced(cluster: Cluster, sets: Sequence[str] | None) -> Cluster:
@@ -95,13 +96,13 @@ def plan_command(
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
-    sharding: Sharding = "search", sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
+    sharding: Sharding = "search", costs: Times = None, sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
 ) -> None:  # fmt: skip
     """Plan a model on a cluster."""
     from partition.pipeline import to_json, writable
 
     writable(out, dump)
-    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding)
+    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding, costs=costs)
     if out is not None:
         made.save(out)
     swings = None
@@ -181,7 +182,7 @@ def compare_command(
         results = compare({model: problem}, names)
     if as_json:
         print(json.dumps([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "why_not": r.why_not,
-                           "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok")}}
+                           "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")}}
                           for r in results]))  # fmt: skip
         return
     lines = []

@@ -38,7 +38,7 @@ class Estimate:
     token loop in its steady state. e2e [s]: the whole request. busy [m] and link_busy {(m, m): s}: seconds of work a request.
     throughput [tokens/s]: with requests pipelined, as many as the busiest mesh or link lets through. usd_per_mtok: $ per million
     tokens when every machine is paid for the time it is busy, as in a rate-matched fleet under full load. usd_reserved: the same
-    when all used machines are kept for this one batch. exposed [s]: hand-off time that prefill does not hide.
+    when all used machines are kept for this one batch. joules_per_token [J]: of the machines while they are busy. exposed [s]: hand-off time that prefill does not hide.
     """
 
     ttft: float
@@ -47,6 +47,7 @@ class Estimate:
     throughput: float
     usd_per_mtok: float
     usd_reserved: float
+    joules_per_token: float
     exposed: float
     busy: tuple[float, ...]
     link_busy: Mapping[tuple[int, int], float]
@@ -172,7 +173,8 @@ def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float
     reserved = sum(float(problem.price[m]) for m in used) * e2e + bytes_usd
     return Estimate(
         ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if (busiest := max([*busy, *link_busy.values()], default=0.0)) > 0 else 0.0,
-        usd_per_mtok=usd / tokens * 1e6, usd_reserved=reserved / tokens * 1e6, busy=tuple(busy), link_busy=link_busy,
+        usd_per_mtok=usd / tokens * 1e6, usd_reserved=reserved / tokens * 1e6,
+        joules_per_token=sum(busy[m] * float(problem.power[m]) for m in used) / tokens, busy=tuple(busy), link_busy=link_busy,
         link_bytes=link_bytes, memory=tuple(map(float, problem.memory(placement))),
     )  # fmt: skip
 

@@ -199,6 +199,11 @@ class Mesh:
         """$/s of all its devices."""
         return self.count * float(self.device.price)
 
+    @property
+    def power(self) -> float:
+        """W of all its devices at work."""
+        return self.count * float(self.device.power)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Edge:

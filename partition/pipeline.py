@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from partition.program import Program
     from partition.stages import Stages
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -251,11 +251,11 @@ def place(problem: Problem, how: str | Policy, **options: Any) -> Placement:
 def plan(
     fn: Callable[..., Any] | Program, args: tuple[Any, ...] = (), *, cluster: str | Cluster, policy: str | Policy = "phase_split", objective: str = "e2e",
     level: Literal["block", "op"] = "block", trips: int | None = None, title: str | None = None,
-    sharding: Literal["search", "tensor"] = "search", progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
+    sharding: Literal["search", "tensor"] = "search", costs: Mapping[str, Mapping[str, float | str]] | None = None, progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
 ) -> Plan:  # fmt: skip
     """Trace, tag, pose, place: a Plan for `fn(*args)`, or for a Program, on a cluster (a name, a .toml path, or a Cluster).
 
-    progress is told the name of each pass. dump: a folder for numbered files of every intermediate value.
+    costs: a user's own times of nodes (see `pose`). progress is told the name of each pass. dump: a folder for numbered files of every intermediate value.
     Raises PartitionError of many kinds, each with its mend.
     """
     from partition import phases, problem, program
@@ -273,7 +273,7 @@ def plan(
     machines = profiles.cluster(cluster) if isinstance(cluster, str) else cluster
     traced = fn if isinstance(fn, program.Program) else timed("trace", lambda: program.trace(fn, *args))
     tagged = timed("tag", lambda: phases.tag(traced))
-    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips, sharding=sharding))
+    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips, sharding=sharding, costs=costs))
     placed = timed("place", lambda: place(posed, policy))
     estimate = evaluate(posed, placed)
     made = Plan(
@@ -298,8 +298,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-_ENDS = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok")
-_ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "price", "link_price")
+_ENDS = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
+_ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "price", "power", "link_price")
 
 
 def to_json(made: Plan) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def to_json(made: Plan) -> dict[str, Any]:
         "format": FORMAT, "title": made.title, "cluster": made.cluster, "policy": made.policy, "how": list(made.how),
         "timings": dict(made.timings), "versions": dict(made.versions),
         "placement": {"mesh": made.placement.mesh.tolist(), "also": {str(k): list(v) for k, v in made.placement.also.items()}},
-        "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "exposed", "busy", "memory")},
+        "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "joules_per_token", "exposed", "busy", "memory")},
         "band": [dict(end) for end in made.ends],
         "links": [{"src": p.meshes[a], "dst": p.meshes[b], "bytes": n, "seconds": e.link_busy[a, b]} for (a, b), n in sorted(e.link_bytes.items())],
         "bound": {"score": made.bound.score, "proof": made.bound.proof}, "gap": made.gap,

@@ -14,11 +14,13 @@ import numpy as np
 
 from partition.coarsen import Block, coarsen, share
 from partition.collectives import collective
-from partition.costs import Cost, costs
+from partition.costs import Cost
+from partition.costs import costs as op_costs
 from partition.errors import NameUnknownError, PlacementError, TraceError, WorkError
 from partition.flow import Flow, Resident, flows
 from partition.graph import Role, Value
 from partition.hardware import Cluster, Mesh
+from partition.measured import Times, put
 from partition.phases import Phase, Phases, is_weight
 from partition.sharding import Layout, layout
 from partition.work import Work, loop_trips, work
@@ -27,8 +29,8 @@ from partition.workload import Workload
 if TYPE_CHECKING:
     import networkx as nx
 
-OBJECTIVES = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok")
-"""What a policy may be asked for: times [s] and money are minimised, throughput [tokens/s] is maximised."""
+OBJECTIVES = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
+"""What a policy may be asked for: times [s], money and energy [J] are minimised, throughput [tokens/s] is maximised."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,8 +52,9 @@ class Problem:
 
     seconds [n, m]: one run of a node on a mesh. times [n]: runs a request. flows: what passes between nodes. resident [r, m]: bytes of
     each resident on each mesh, copies included. activation [n, m]: bytes alive while a node runs. capacity [m] B, alpha [m, m] s,
-    beta [m, m] B/s (0: no link), price [m] $/s, link_price [m, m] $/B. pins: node -> mesh. kinds: device of each mesh.
-    layouts, op_works, trips: the split of each mesh, the work of each op, and how often loops run that do not tell, to cost it anew.
+    beta [m, m] B/s (0: no link), price [m] $/s, power [m] W, link_price [m, m] $/B. pins: node -> mesh. kinds: device of each mesh.
+    measured: the (node, mesh) whose time is a user's own. layouts, op_works, times_given, trips: the split of each mesh, the work of each op, a user's
+    own times, and how often loops run that do not tell, to cost it anew.
     """
 
     names: tuple[str, ...]
@@ -69,6 +72,7 @@ class Problem:
     alpha: np.ndarray
     beta: np.ndarray
     price: np.ndarray
+    power: np.ndarray
     link_price: np.ndarray
     workload: Workload
     objective: str = "e2e"
@@ -81,6 +85,8 @@ class Problem:
     layouts: tuple[Layout, ...] = dataclasses.field(default=(), repr=False)
     op_works: Mapping[int, Work] = dataclasses.field(default_factory=dict, repr=False)
     trips: int | None = None
+    times_given: Times = dataclasses.field(default_factory=dict, repr=False)
+    measured: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # a value: no policy changes what the others are measured by
@@ -167,12 +173,14 @@ class Problem:
 def pose(
     phases: Phases, cluster: Cluster, *, objective: str = "e2e", level: Literal["block", "op"] = "block",
     trips: int | None = None, pins: Mapping[str, str] | None = None, sharding: Literal["search", "tensor"] = "search",
+    costs: Times | None = None,
 ) -> Problem:  # fmt: skip
     """Make the placement problem of a tagged program on a cluster.
 
     objective: one of OBJECTIVES. level: "block" or "op". trips: for loops whose structure does not tell how often they run.
     pins: node name -> mesh name. sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
-    over all devices, even where that is slower. Raises NameUnknownError, WorkError.
+    over all devices, even where that is slower. costs: a user's own times, node name or pattern -> mesh or device -> seconds of one run, which
+    take the place of the model's (see `measured`). Raises NameUnknownError, WorkError, ProfileError.
     """
     if objective not in OBJECTIVES:
         raise NameUnknownError.among("objective", objective, OBJECTIVES)
@@ -195,8 +203,8 @@ def pose(
     flowing, lying = flows(blocks, phases, runs)
     names = _unique([b.scope or b.phase for b in blocks])
     return Problem(
-        **_numbers(phases, blocks, works, splits, cluster, trips),
-        names=names, phase=tuple(b.phase for b in blocks), region=tuple(b.region for b in blocks),
+        **_numbers(phases, blocks, works, splits, cluster, trips, names, costs or {}),
+        names=names, times_given=costs or {}, phase=tuple(b.phase for b in blocks), region=tuple(b.region for b in blocks),
         meshes=tuple(m.name for m in cluster.meshes), kinds=tuple(m.device.name for m in cluster.meshes),
         times=np.array([runs if b.region != "top" else 1 for b in blocks], np.int64), flows=tuple(flowing), residents=tuple(lying),
         resident=np.array([[_copies(split, r.value) * r.nbytes for split in splits] for r in lying]).reshape(len(lying), len(splits)),
@@ -214,7 +222,7 @@ def layouts(phases: Phases, works: Mapping[int, Work], cluster: Cluster, trips: 
         if (key := (m.device.name, m.count, m.fabric and m.fabric.name)) not in made and m.ways == 1:
             made[key] = layout(graph, 1)
         elif key not in made:
-            alone = costs(graph, works, layout(graph, 1), m, trips, _layers_on(phases, cluster, m))
+            alone = op_costs(graph, works, layout(graph, 1), m, trips, _layers_on(phases, cluster, m))
             wait = functools.partial(collective, fabric=m.fabric)
             made[key] = layout(graph, m.ways, {i: c.busy for i, c in alone.items()}, wait, capacity=0.9 * m.capacity / m.ways, tensor=tensor)
     return [made[m.device.name, m.count, m.fabric and m.fabric.name] for m in cluster.meshes]
@@ -230,7 +238,7 @@ def on(problem: Problem, cluster: Cluster) -> Problem:
         raise PlacementError("a loaded problem has no program to take the cost of", where="problem.on(...)", mend="pose the program again")
     if [m.ways for m in cluster.meshes] != ways:
         raise PlacementError("the cluster has other meshes than the problem", where=f"cluster {cluster.name!r}", mend=f"give one of {len(ways)} meshes over which ops are split {ways} ways")
-    return dataclasses.replace(problem, **_numbers(phases, problem.blocks, problem.op_works, problem.layouts, cluster, problem.trips))
+    return dataclasses.replace(problem, **_numbers(phases, problem.blocks, problem.op_works, problem.layouts, cluster, problem.trips, problem.names, problem.times_given))
 
 
 def _layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
@@ -242,18 +250,20 @@ def _layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
     return max(1.0, layers / alike)
 
 
-def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work], splits: Sequence[Layout], cluster: Cluster, trips: int | None) -> dict[str, Any]:
+def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work], splits: Sequence[Layout], cluster: Cluster, trips: int | None, names: Sequence[str], times: Times) -> dict[str, Any]:
     """What of a problem follows from the numbers of a cluster, but for what its meshes hold."""
     priced: dict[tuple[str, int], dict[int, Cost]] = {}
     prompts = {i for i, phase in phases.of.items() if phase is Phase.PREFILL}, int(phases.batch or 1)
     for m, split in zip(cluster.meshes, splits, strict=True):
         if (m.device.name, m.count) not in priced:
-            priced[m.device.name, m.count] = costs(phases.program.graph, works, split, m, trips, _layers_on(phases, cluster, m), prompts=prompts)
+            priced[m.device.name, m.count] = op_costs(phases.program.graph, works, split, m, trips, _layers_on(phases, cluster, m), prompts=prompts)
     found = _served(_node_costs(blocks, [priced[m.device.name, m.count] for m in cluster.meshes]), blocks, cluster)
+    found, marked = put(found, names, cluster, times)
     alpha, beta, money = _links(cluster)
     return {
         "seconds": np.array([[c.seconds for c in row] for row in found]).reshape(len(blocks), len(cluster.meshes)), "costs": found,
-        "alpha": alpha, "beta": beta, "price": np.array([m.price for m in cluster.meshes]), "link_price": money, "cluster": cluster,
+        "alpha": alpha, "beta": beta, "price": np.array([m.price for m in cluster.meshes]), "power": np.array([m.power for m in cluster.meshes]), "link_price": money,
+        "cluster": cluster, "measured": marked,
     }  # fmt: skip
 
 

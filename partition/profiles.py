@@ -282,7 +282,7 @@ def cluster(name: str) -> Cluster:
         fabric = _named_by(f"{where}.fabric", link, m.fabric, beside) if m.fabric else None
         made = _named_by(f"{where}.device", device, m.device, beside)
         if fabric is None and (m.count > 1 or made.systolic is not None):
-            raise ProfileError(f"mesh {m.name!r} joins {m.count} devices by no fabric", where=where,
+            raise ProfileError(f"mesh {m.name!r} joins {m.count} device{'s' if m.count > 1 else ' of several cores'} by no fabric", where=where,
                                mend="name the link inside the mesh: fabric = \"...\"")  # fmt: skip
         meshes += [Mesh(name=n, device=made, count=m.count, stand_in=m.stand_in, fabric=fabric) for n in members[m.name]]
     edges: dict[tuple[str, str], Edge] = {}

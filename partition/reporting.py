@@ -111,7 +111,7 @@ def headline(plan: Plan) -> str:
     e = plan.estimate
     return (
         f"{plan.title} on {plan.cluster} by {plan.policy}: TTFT {seconds(e.ttft)}, TPOT {seconds(e.tpot)}, end to end {seconds(e.e2e)}, "
-        f"{e.throughput:,.0f} tokens/s, {dollars(e.usd_per_mtok)} per million tokens (rate-matched fleet; {dollars(e.usd_reserved)} if reserved)\n"
+        f"{e.throughput:,.0f} tokens/s, {dollars(e.usd_per_mtok)} per million tokens (rate-matched fleet; {dollars(e.usd_reserved)} if reserved), {e.joules_per_token:,.3g} J per token\n"
         f"at most {100 * plan.gap:.1f} % from the best {plan.problem.objective} ({plan.bound.proof})"
     )
 
@@ -128,7 +128,8 @@ def band_text(plan: Plan) -> str:
 
 def text(plan: Plan) -> str:
     """A plan on one screen."""
-    return "\n\n".join([headline(plan) + band_text(plan), stage_table(plan), link_table(plan), memory_table(plan)])
+    own = f"\n{len(plan.problem.measured)} of {plan.problem.seconds.size} times of nodes on meshes are measured, not modelled" if plan.problem.measured else ""
+    return "\n\n".join([headline(plan) + own + band_text(plan), stage_table(plan), link_table(plan), memory_table(plan)])
 
 
 def alternatives_table(answer: Answer) -> str:

@@ -228,8 +228,8 @@ def test_unknown_cluster_suggests_a_near_name() -> None:
 
 # (old, planted, error, field, part of the mend, where it stands)
 JOINS = {
-    "unknown device": ('device = "mine"\ncount = 1\nstand_in = 1\n\n', 'device = "trn3"\ncount = 1\nstand_in = 1\n\n',
-                       ProfileError, "cluster.meshes.0.device", "did you mean 'trn2'", 'device = "trn3"'),
+    "unknown device": ('device = "mine"\ncount = 1\nstand_in = 1\n\n', 'device = "trn9"\ncount = 1\nstand_in = 1\n\n',
+                       ProfileError, "cluster.meshes.0.device", "did you mean 'trn", 'device = "trn9"'),
     "link to an unknown mesh": ('["a", "b"]', '["a", "c"]', ProfileError, "cluster.links", "a, b", "between"),
     "a link to itself": ('["a", "b"]', '["a", "a"]', ProfileError, "cluster.links.0.between", "its fabric", "between"),
     "two links": ("[[cluster.links]]", '[[cluster.links]]\nbetween = ["b", "a"]\nlink = "efa_v3"\n\n[[cluster.links]]', ProfileError, "cluster.links.1.between",

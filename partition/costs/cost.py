@@ -18,25 +18,26 @@ class Cost:
     link: Any = 0.0
     latency: Any = 0.0
     busy: Any = 0.0  # sum over ops of max(compute, memory)
+    measured: Any = 0.0  # what a user's table says instead
 
     @property
     def seconds(self) -> Any:
         """Time on the mesh: arithmetic and memory overlap within an op, collectives and fixed times do not."""
-        return self.busy + self.link + self.latency
+        return self.busy + self.link + self.latency + self.measured
 
     @property
     def limit(self) -> str:
-        """The largest part: "compute", "memory", "link" or "latency"."""
-        parts = {"compute": self.compute, "memory": self.memory, "link": self.link, "latency": self.latency}
+        """The largest part: "compute", "memory", "link", "latency" or "measured"."""
+        parts = {"compute": self.compute, "memory": self.memory, "link": self.link, "latency": self.latency, "measured": self.measured}
         return max(parts, key=lambda k: parts[k])
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(compute=self.compute + other.compute, memory=self.memory + other.memory, link=self.link + other.link,
-                    latency=self.latency + other.latency, busy=self.busy + other.busy)  # fmt: skip
+                    latency=self.latency + other.latency, busy=self.busy + other.busy, measured=self.measured + other.measured)  # fmt: skip
 
     def __mul__(self, times: float) -> Cost:
         return Cost(compute=self.compute * times, memory=self.memory * times, link=self.link * times,
-                    latency=self.latency * times, busy=self.busy * times)  # fmt: skip
+                    latency=self.latency * times, busy=self.busy * times, measured=self.measured * times)  # fmt: skip
 
 
 def peak(device: Device, dtype: str) -> float:
