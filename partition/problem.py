@@ -14,7 +14,7 @@ import numpy as np
 
 from partition.coarsen import Block, coarsen, share
 from partition.collectives import collective
-from partition.costs import Cost
+from partition.costs import Cost, Request, written
 from partition.costs import costs as op_costs
 from partition.errors import NameUnknownError, PlacementError, TraceError, WorkError
 from partition.flow import Flow, Resident, flows
@@ -253,10 +253,10 @@ def _layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
 def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work], splits: Sequence[Layout], cluster: Cluster, trips: int | None, names: Sequence[str], times: Times) -> dict[str, Any]:
     """What of a problem follows from the numbers of a cluster, but for what its meshes hold."""
     priced: dict[tuple[str, int], dict[int, Cost]] = {}
-    prompts = {i for i, phase in phases.of.items() if phase is Phase.PREFILL}, int(phases.batch or 1)
+    request = _request(phases, trips)
     for m, split in zip(cluster.meshes, splits, strict=True):
         if (m.device.name, m.count) not in priced:
-            priced[m.device.name, m.count] = op_costs(phases.program.graph, works, split, m, trips, _layers_on(phases, cluster, m), prompts=prompts)
+            priced[m.device.name, m.count] = op_costs(phases.program.graph, works, split, m, trips, _layers_on(phases, cluster, m), request=request)
     found = _served(_node_costs(blocks, [priced[m.device.name, m.count] for m in cluster.meshes]), blocks, cluster)
     found, marked = put(found, names, cluster, times)
     alpha, beta, money = _links(cluster)
@@ -265,6 +265,13 @@ def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work],
         "alpha": alpha, "beta": beta, "price": np.array([m.price for m in cluster.meshes]), "power": np.array([m.power for m in cluster.meshes]), "link_price": money,
         "cluster": cluster, "measured": marked,
     }  # fmt: skip
+
+
+def _request(phases: Phases, trips: int | None) -> Request:
+    by = {p: frozenset(i for i, phase in phases.of.items() if phase is p) for p in (Phase.PREFILL, Phase.DECODE)}
+    graph, loop = phases.program.graph, phases.token_loop
+    runs = loop_trips(loop, graph, trips) if loop is not None else 0
+    return Request(prefill=by[Phase.PREFILL], decode=by[Phase.DECODE], batch=int(phases.batch or 1), written=written(graph, by[Phase.PREFILL]), trips=runs)
 
 
 def _served(found: tuple[tuple[Cost, ...], ...], blocks: Sequence[Block], cluster: Cluster) -> tuple[tuple[Cost, ...], ...]:

@@ -139,3 +139,47 @@ def test_two_ways_of_computing_in_one_profile_are_refused(tmp_path: Any) -> None
     (tmp_path / "both.toml").write_text(texts[0] + "\n" + texts[1][texts[1].index("[device.region]") :])
     with pytest.raises(ProfileError, match="region and systolic"):
         profiles.device(str(tmp_path / "both.toml"))
+
+
+def cached(capacity: int) -> Any:
+    """Prefill writes 64 positions into a cache of some capacity; 32 tokens are decoded over it."""
+
+    def fn(w: Any, tokens: jax.Array) -> jax.Array:
+        x = w["embed"][tokens]
+        q, k = (x @ w["q"])[:, None], x @ w["k"]
+        cache = jax.lax.dynamic_update_slice(jnp.zeros((1, capacity, 64)), k, (0, 0, 0))
+        s = jax.nn.softmax(jnp.einsum("bhtd,bsd->bhts", q, k), -1)
+        first = jnp.argmax(jnp.einsum("bhts,bsd->bhtd", s, k)[:, 0, -1] @ w["head"], -1)
+
+        def step(carry: Any, _: Any) -> Any:
+            token, place, cache = carry
+            y = w["embed"][token][:, None]
+            cache = jax.lax.dynamic_update_slice(cache, y @ w["k"], (0, place, 0))
+            s = jnp.einsum("bhtd,bsd->bhts", (y @ w["q"])[:, None], cache)
+            s = jax.nn.softmax(jnp.where(jnp.arange(capacity) <= place, s, -jnp.inf), -1)
+            out = jnp.einsum("bhts,bsd->bhtd", s, cache)[:, 0, -1]
+            token = jnp.argmax(out @ w["head"], -1)
+            return (token, place + 1, cache), token
+
+        return jax.lax.scan(step, (first, 64, cache), None, length=32)[1]
+
+    spec = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    weights = {"embed": spec(128, 64), "q": spec(64, 64), "k": spec(64, 64), "head": spec(64, 128)}
+    return fn, (weights, jax.ShapeDtypeStruct((1, 64), jnp.int32))
+
+
+def test_attention_pays_for_the_positions_in_use_not_for_the_array() -> None:
+    import partition as pt
+
+    def steps(cluster: str, capacity: int) -> float:
+        fn, args = cached(capacity)
+        return float(pt.plan(fn, args, cluster=cluster, policy="single").estimate.tpot)
+
+    for cluster in ("h100_only", "cs3_only"):
+        assert steps(cluster, 4096) == pytest.approx(steps(cluster, 96), rel=0.02)
+    long = profiles.cluster("trn1_only").mesh("trn1").device
+    assert long.systolic is not None
+    from partition.costs.request import bucket
+
+    assert [bucket(n, long.systolic) for n in (1, 128, 129, 5000)] == [128, 128, 256, 8192]
+    assert steps("trn1_only", 4096) == pytest.approx(steps("trn1_only", 128), rel=0.02)

@@ -52,7 +52,7 @@ def test_renaming_meshes_changes_nothing(meshes: list[int], order: list[int]) ->
     o = np.array(order)
     renamed = dataclasses.replace(
         PROBLEM, meshes=tuple(PROBLEM.meshes[i] for i in o), kinds=tuple(PROBLEM.kinds[i] for i in o), seconds=PROBLEM.seconds[:, o],
-        resident=PROBLEM.resident[:, o], activation=PROBLEM.activation[:, o], capacity=PROBLEM.capacity[o], price=PROBLEM.price[o],
+        resident=PROBLEM.resident[:, o], activation=PROBLEM.activation[:, o], capacity=PROBLEM.capacity[o], price=PROBLEM.price[o], power=PROBLEM.power[o],
         alpha=PROBLEM.alpha[np.ix_(o, o)], beta=PROBLEM.beta[np.ix_(o, o)], link_price=PROBLEM.link_price[np.ix_(o, o)],
     )  # fmt: skip
     a = evaluate(PROBLEM, PROBLEM.placement(meshes))

@@ -9,7 +9,7 @@ every device and gains nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -17,13 +17,14 @@ from partition.collectives import collective
 from partition.costs import region, streaming, systolic
 from partition.costs.contraction import Contraction, attentions, contraction, scores
 from partition.costs.cost import Cost, peak
+from partition.costs.request import Request, written
 from partition.graph import Graph, Op, bodies, roots
 from partition.graph import weights as weights_of
 from partition.hardware import Mesh
 from partition.sharding import Layout
 from partition.work import Work, copies, loop_trips
 
-__all__ = ["Contraction", "Cost", "cost", "costs", "peak"]
+__all__ = ["Contraction", "Cost", "Request", "cost", "costs", "peak", "written"]
 
 
 def cost(
@@ -51,24 +52,34 @@ def _waiting(c: Cost, link: float) -> Cost:
     return dataclasses.replace(c, link=c.link + link) if link else c
 
 
+def _served(
+    work: Work, made: Contraction | None, comm: Iterable[tuple[str, float, int]], weigh: float, share: float, padding: float, turns: float,
+) -> tuple[Work, Contraction | None, tuple[tuple[str, float, int], ...]]:  # fmt: skip
+    """What one turn of prefill has of an op: `share` of its tokens, padding among them, and all of the `weigh` bytes of its weights."""
+    one = dataclasses.replace(work * share, read=weigh + (work.read - weigh) * share, contractions=work.contractions)
+    if made is not None and made.attention:
+        made = dataclasses.replace(made, batch=made.batch / turns, rows=made.rows * padding, columns=made.columns * padding)
+    elif made is not None:
+        made = dataclasses.replace(made, rows=made.rows * share)
+    return one, made, tuple((kind, nbytes * share, n) for kind, nbytes, n in comm)
+
+
 def costs(
     graph: Graph, works: Mapping[int, Work], layout: Layout, mesh: Mesh, trips: int | None = None, layers: float = 1.0, *,
-    prompts: tuple[Collection[int], int] = ((), 1),
+    request: Request | None = None,
 ) -> dict[int, Cost]:  # fmt: skip
     """Cost of every op of every level, by op id, for one run of its own level; a loop counts its trips, a cond its dearest branch.
 
-    layers: how many layers share a device, where it is a wafer. prompts: the ops of prefill, and how many prompts they take together; a
-    device that takes fewer at once runs them so many times.
+    layers: how many layers share a device, where it is a wafer. request: what phases, buckets and caches do to ops (see `request.py`).
     """
     found: dict[int, Cost] = {}
     memo: dict[tuple[object, ...], Cost] = {}
     shaped = mesh.device.systolic is not None or mesh.device.streaming is not None
     top = weights_of(graph)
     held = top | {inner for inner, root in roots(graph).items() if root in top}
-    pairs = attentions(graph, held) if shaped else {}
+    asked, chip = request or Request(), mesh.device.systolic
+    pairs = attentions(graph, held) if shaped or asked.written else {}
     first = {op.id: op for op in graph.walk() if op.id in pairs} if pairs else {}
-    chip, (early, batch) = mesh.device.systolic, prompts
-    turns = max(1.0, batch / float(chip.prefill_batch)) if chip is not None else 1.0
 
     def level(g: Graph) -> Cost:
         total = [0.0] * 5
@@ -79,13 +90,11 @@ def costs(
         return Cost(compute=total[0], memory=total[1], link=total[2], latency=total[3], busy=total[4])
 
     def shape(op: Op, g: Graph, ways: float) -> Contraction | None:
-        if not shaped or op.primitive != "dot_general":
-            return None
         if op.id in pairs:
             other, masked = pairs[op.id]
             begin = first[other]
             return scores(begin, g.tensors, held, layout.along.get(begin.id, ()), layout.ways.get(begin.id, 1), masked)
-        return contraction(op, g.tensors, held, layout.along.get(op.id, ()), ways)
+        return contraction(op, g.tensors, held, layout.along.get(op.id, ()), ways) if shaped and op.primitive == "dot_general" else None
 
     def price(op: Op, g: Graph) -> Cost:
         inside = [level(b) for b in bodies(op)]
@@ -95,15 +104,17 @@ def costs(
             return max(inside, key=lambda c: c.seconds) * copies(op)
         work, ways, comm = works[op.id], layout.ways.get(op.id, 1), layout.collectives.get(op.id, ())
         made = shape(op, g, ways)
-        again = turns if op.id in early else 1.0
-        key = (tuple(work.flops.items()), work.bytes, work.contractions, work.rows, ways, comm, made, again)
+        turns, padding = asked.turns(op, chip), asked.padding(op, chip)
+        used = asked.used(op, made.columns, chip) if made is not None and made.attention else 1.0
+        key = (tuple(work.flops.items()), work.bytes, work.contractions, work.rows, ways, comm, made, turns, padding, used)
         if key not in memo:
-            if again > 1:
+            if turns > 1 or padding > 1:
                 weigh = sum(g.tensors[t].nbytes for t in op.inputs if t in held)
-                work = dataclasses.replace(work * (1 / again), read=weigh + max(work.read - weigh, 0) / again, contractions=work.contractions)
-                made = made and dataclasses.replace(made, rows=made.rows / again if not made.attention else made.rows, batch=made.batch / again if made.attention else made.batch)
-                comm = tuple((kind, nbytes / again, n) for kind, nbytes, n in comm)
-            memo[key] = cost(work, mesh, ways=ways, collectives=comm, layers=layers, shape=made) * again
+                work, made, comm = _served(work, made, comm, min(weigh, float(work.read)), padding / turns, padding, turns)
+            if used < 1 and made is not None:
+                work, made = work * used, dataclasses.replace(made, columns=made.columns * used)
+                work = dataclasses.replace(work, contractions=work.contractions / used)
+            memo[key] = cost(work, mesh, ways=ways, collectives=comm, layers=layers, shape=made if shaped else None) * turns
         return memo[key]
 
     level(graph)

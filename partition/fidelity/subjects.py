@@ -16,7 +16,7 @@ from typing import Any
 from partition import profiles
 from partition.anatomy import Kind as Part
 from partition.collectives import transfer
-from partition.costs import Cost, costs
+from partition.costs import Cost, Request, costs
 from partition.errors import NameUnknownError, ProfileError
 from partition.fidelity.measurements import Measurements
 from partition.graph import Graph, itemsize, roots
@@ -78,14 +78,15 @@ def _phase(m: Measurements, given: Mapping[str, Any], path: Path) -> tuple[Clust
         works = _quantised(works, graph, str(given["weights"]))
     (split,) = layouts(phases, works, cluster, tensor=True)
     level: Graph = loop.loop.body if m.metric == "tpot" else graph
-    early = {op.id for op in graph.walk() if phases.of.get(op.id) is Phase.PREFILL}
+    # the lengths that were published are those that were compiled: nothing is padded, and all of the cache is in use
+    asked = Request(prefill={op.id for op in graph.walk() if phases.of.get(op.id) is Phase.PREFILL}, batch=int(given.get("batch", 1)))
     left_out = {Part.HEAD, Part.SAMPLING} if m.without_head else set[Part]()
     counted = [op.id for op in level.ops if op is not loop and phases.anatomy.kind[op.id] not in left_out]
     layers = float(max(phases.anatomy.layers.counts.values(), default=1))
 
     def seconds(c: Cluster) -> float:
         (here,) = c.meshes
-        table: Mapping[int, Cost] = costs(graph, works, split, here, layers=layers, prompts=(early, int(given.get("batch", 1))))
+        table: Mapping[int, Cost] = costs(graph, works, split, here, layers=layers, request=asked)
         chip = here.device.systolic
         served = 0.0 if chip is None else float(chip.start if m.metric == "ttft" else chip.step)
         return float(sum(table[i].seconds for i in counted)) + served
