@@ -231,7 +231,7 @@ def _print_others(folder: Path | None, device: str | None, as_json: bool) -> Non
     """The fits, or the errors of a folder of operators."""
     from partition import profiles
     from partition.fidelity.fitting import fit, fits_text
-    from partition.fidelity.operators import operators, operators_text
+    from partition.fidelity.kernels import operators, operators_text
 
     with progress() as say:
         if device is None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from partition.errors import InfeasibleError, PlacementError
 from partition.graph import Value
 from partition.problem import Placement, Problem
+from partition.symbols import first
 from partition.units import size
 
 
@@ -60,6 +62,16 @@ class Estimate:
         return -float(value) if objective == "throughput" else float(value)
 
 
+def later(a: Any, b: Any) -> Any:
+    """The later of two times, one by one where they are arrays."""
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
+def one(x: Any) -> Any:
+    """A number as Python's own; an array as it is."""
+    return x if isinstance(x, np.ndarray) and x.ndim else float(x)
+
+
 class Schedule:
     """List schedule of a placement in node order: each mesh runs one node at a time, each link one transfer at a time.
 
@@ -86,10 +98,10 @@ class Schedule:
                 start = self.free[m]
                 for i in p.incoming[n]:
                     if p.flows[i].kind in kinds:
-                        start = max(start, self.arrived.get((i, m), 0.0))
-                stop = start + float(p.seconds[n, m])
+                        start = later(start, self.arrived.get((i, m), 0.0))
+                stop = start + one(p.seconds[n, m])
                 self.free[m] = self.done[n, m] = stop
-                end = max(end, stop)
+                end = later(end, stop)
                 if self.slots is not None:
                     self.slots.append(Slot(start=start, end=stop, mesh=m, node=n, trip=trip))
             self.send(n, trip)
@@ -108,7 +120,7 @@ class Schedule:
                     self.arrived[i, m] = self.done[n, m]
                     continue
                 src = home[0]
-                start = max(made, self.link_free.get((src, m), 0.0))
+                start = later(made, self.link_free.get((src, m), 0.0))
                 stop = start + flow.nbytes / float(p.beta[src, m]) if p.beta[src, m] > 0 else float("inf")
                 self.link_free[src, m] = stop
                 self.arrived[i, m] = stop + float(p.alpha[src, m])
@@ -132,7 +144,7 @@ def evaluate(problem: Problem, placement: Placement, *, record: list[Slot] | Non
     prefill_end = schedule.run(before, ("forward",))
     handoff = [schedule.arrived.get((i, m), 0.0) for i, f in enumerate(problem.flows) if f.kind == "handoff"
                for d in f.dst for m in schedule.where[d]]  # fmt: skip
-    ready = max([prefill_end, *handoff])
+    ready = functools.reduce(later, handoff, prefill_end)
     ends, shown = [prefill_end], min(trips, 3)
     for trip in range(shown):
         ends.append(schedule.run(inside, ("forward", "handoff") if trip == 0 else ("forward", "handoff", "carry"), trip))
@@ -141,7 +153,7 @@ def evaluate(problem: Problem, placement: Placement, *, record: list[Slot] | Non
     end = schedule.run(after, ("forward", "result")) + rest if after else ends[-1] + rest
     if record is not None:
         record.extend(schedule.slots or [])
-    return _summary(problem, placement, ttft=ready, tpot=tpot, e2e=max(end, ready), exposed=ready - prefill_end)
+    return _summary(problem, placement, ttft=ready, tpot=tpot, e2e=later(end, ready), exposed=ready - prefill_end)
 
 
 def crossings(problem: Problem, placement: Placement) -> list[tuple[int, int, int]]:
@@ -160,22 +172,22 @@ def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float
     busy = [0.0] * len(problem.meshes)
     for n in range(len(problem)):
         for m in placement.of(n):
-            busy[m] += float(problem.seconds[n, m] * problem.times[n])
+            busy[m] += one(problem.seconds[n, m] * problem.times[n])
     link_busy: dict[tuple[int, int], float] = {}
     link_bytes: dict[tuple[int, int], float] = {}
     for i, a, b in crossings(problem, placement):
         moved = problem.flows[i].nbytes * problem.flows[i].times
         link_bytes[a, b] = link_bytes.get((a, b), 0.0) + moved
         link_busy[a, b] = link_busy.get((a, b), 0.0) + (moved / float(problem.beta[a, b]) if problem.beta[a, b] > 0 else float("inf"))
-    tokens, used = problem.workload.tokens, [m for m, b in enumerate(busy) if b > 0]
+    tokens, used = problem.workload.tokens, [m for m, b in enumerate(busy) if first(b) > 0]
     bytes_usd = sum(b * float(problem.link_price[pair]) for pair, b in link_bytes.items())
     usd = sum(busy[m] * float(problem.price[m]) for m in used) + bytes_usd
     reserved = sum(float(problem.price[m]) for m in used) * e2e + bytes_usd
     return Estimate(
-        ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if (busiest := max([*busy, *link_busy.values()], default=0.0)) > 0 else 0.0,
+        ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if first(busiest := functools.reduce(later, [*busy, *link_busy.values()], 0.0)) > 0 else 0.0,
         usd_per_mtok=usd / tokens * 1e6, usd_reserved=reserved / tokens * 1e6,
         joules_per_token=sum(busy[m] * float(problem.power[m]) for m in used) / tokens, busy=tuple(busy), link_busy=link_busy,
-        link_bytes=link_bytes, memory=tuple(map(float, problem.memory(placement))),
+        link_bytes=link_bytes, memory=tuple(map(one, problem.memory(placement))),
     )  # fmt: skip
 
 

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from partition.coarsen import Block, coarsen, share
-from partition.collectives import collective
-from partition.costs import Cost, Request, written
-from partition.costs import costs as op_costs
+from partition.costs import Cost
 from partition.errors import NameUnknownError, PlacementError, TraceError, WorkError
 from partition.flow import Flow, Resident, flows
-from partition.graph import Role, Value
-from partition.hardware import Cluster, Mesh
+from partition.graph import Graph, Role
+from partition.hardware import Cluster
 from partition.measured import Times, put
 from partition.phases import Phase, Phases, is_weight
-from partition.sharding import Layout, layout
+from partition.pricing import layouts, node_costs
+from partition.sharding import Layout
+from partition.symbols import first
 from partition.work import Work, loop_trips, work
 from partition.workload import Workload
 
@@ -165,7 +165,7 @@ class Problem:
         for n in range(len(self)):
             on[n, list(placement.of(n))] = True
         used = (self.incidence.astype(np.float32) @ on.astype(np.float32)) > 0
-        held: np.ndarray = (used * self.resident).sum(axis=0)
+        held: np.ndarray = np.where(used, self.resident, 0.0).sum(axis=0)
         total: np.ndarray = held + np.where(on, self.activation, 0.0).max(axis=0, initial=0.0)
         return total
 
@@ -207,25 +207,12 @@ def pose(
         names=names, times_given=costs or {}, phase=tuple(b.phase for b in blocks), region=tuple(b.region for b in blocks),
         meshes=tuple(m.name for m in cluster.meshes), kinds=tuple(m.device.name for m in cluster.meshes),
         times=np.array([runs if b.region != "top" else 1 for b in blocks], np.int64), flows=tuple(flowing), residents=tuple(lying),
-        resident=np.array([[_copies(split, r.value) * r.nbytes for split in splits] for r in lying]).reshape(len(lying), len(splits)),
+        resident=np.array([[split.copies(r.value[0]) * r.nbytes for split in splits] for r in lying]).reshape(len(lying), len(splits)),
         activation=_activations(blocks, phases, weights | on_chip, splits), capacity=np.array([m.capacity for m in cluster.meshes]),
         workload=Workload(batch=phases.batch, trips=runs), objective=objective,
         pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), blocks=blocks,
         works=_node_works(blocks, works), phases=phases, layouts=tuple(splits), op_works=works, trips=trips,
     )  # fmt: skip
-
-
-def layouts(phases: Phases, works: Mapping[int, Work], cluster: Cluster, trips: int | None = None, *, tensor: bool = False) -> list[Layout]:
-    """How each mesh of a cluster splits a program, by a search with the mesh's own times (see `sharding`); alike meshes alike."""
-    graph, made = phases.program.graph, dict[tuple[object, ...], Layout]()
-    for m in cluster.meshes:
-        if (key := (m.device.name, m.count, m.fabric and m.fabric.name)) not in made and m.ways == 1:
-            made[key] = layout(graph, 1)
-        elif key not in made:
-            alone = op_costs(graph, works, layout(graph, 1), m, trips, _layers_on(phases, cluster, m))
-            wait = functools.partial(collective, fabric=m.fabric)
-            made[key] = layout(graph, m.ways, {i: c.busy for i, c in alone.items()}, wait, capacity=0.9 * m.capacity / m.ways, tensor=tensor)
-    return [made[m.device.name, m.count, m.fabric and m.fabric.name] for m in cluster.meshes]
 
 
 def on(problem: Problem, cluster: Cluster) -> Problem:
@@ -241,24 +228,12 @@ def on(problem: Problem, cluster: Cluster) -> Problem:
     return dataclasses.replace(problem, **_numbers(phases, problem.blocks, problem.op_works, problem.layouts, cluster, problem.trips, problem.names, problem.times_given))
 
 
-def _layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
-    """How many layers share a wafer: those of the model, over the wafers there are for them. 1 where a device has no regions."""
-    if mesh.device.region is None:
-        return 1.0
-    layers = max(phases.anatomy.layers.counts.values(), default=1)
-    alike = sum(m.count for m in cluster.meshes if m.device.name == mesh.device.name)
-    return max(1.0, layers / alike)
-
-
-def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work], splits: Sequence[Layout], cluster: Cluster, trips: int | None, names: Sequence[str], times: Times) -> dict[str, Any]:
+def _numbers(
+    phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work], splits: Sequence[Layout], cluster: Cluster, trips: int | None,
+    names: Sequence[str], times: Times,
+) -> dict[str, Any]:  # fmt: skip
     """What of a problem follows from the numbers of a cluster, but for what its meshes hold."""
-    priced: dict[tuple[str, int], dict[int, Cost]] = {}
-    request = _request(phases, trips)
-    for m, split in zip(cluster.meshes, splits, strict=True):
-        if (m.device.name, m.count) not in priced:
-            priced[m.device.name, m.count] = op_costs(phases.program.graph, works, split, m, trips, _layers_on(phases, cluster, m), request=request)
-    found = _served(_node_costs(blocks, [priced[m.device.name, m.count] for m in cluster.meshes]), blocks, cluster)
-    found, marked = put(found, names, cluster, times)
+    found, marked = put(node_costs(phases, blocks, works, splits, cluster, trips), names, cluster, times)
     alpha, beta, money = _links(cluster)
     return {
         "seconds": np.array([[c.seconds for c in row] for row in found]).reshape(len(blocks), len(cluster.meshes)), "costs": found,
@@ -267,26 +242,35 @@ def _numbers(phases: Phases, blocks: Sequence[Block], works: Mapping[int, Work],
     }  # fmt: skip
 
 
-def _request(phases: Phases, trips: int | None) -> Request:
-    by = {p: frozenset(i for i, phase in phases.of.items() if phase is p) for p in (Phase.PREFILL, Phase.DECODE)}
-    graph, loop = phases.program.graph, phases.token_loop
-    runs = loop_trips(loop, graph, trips) if loop is not None else 0
-    return Request(prefill=by[Phase.PREFILL], decode=by[Phase.DECODE], batch=int(phases.batch or 1), written=written(graph, by[Phase.PREFILL]), trips=runs)
+def at_sizes(problem: Problem, graph: Graph, works: Mapping[int, Work], alike: Mapping[int, object]) -> Problem:
+    """The same problem with the numbers of the same graph at other sizes, which may be arrays: then so are entries of seconds and resident; the first decides.
+
+    alike: see `costs`. Nodes, splits, what decides between ways of costing, and activations stay.
+    """
+    phases, cluster, splits = problem.phases, problem.cluster, problem.layouts
+    assert phases is not None and cluster is not None
+    program = phases.program
+    entry = dataclasses.replace(program.entry, lowered=dataclasses.replace(program.entry.lowered, graph=graph))
+    there = dataclasses.replace(phases, program=dataclasses.replace(program, entries=(entry,)))
+    batch = next((n for t in graph.inputs for n in graph.tensors[t].shape if graph.tensors[t].role is Role.INPUT and first(n) == phases.batch), phases.batch)
+    table = node_costs(phases, problem.blocks, works, splits, cluster, problem.trips, graph=graph, batch=batch, alike=alike)
+    found, _ = put(table, problem.names, cluster, problem.times_given)
+    taken = {i: c.seconds for i, c in {id(c): c for row in found for c in row}.items()}
+    flowing, lying = flows(problem.blocks, there, problem.workload.trips)
+    return dataclasses.replace(
+        problem, seconds=_objects([[taken[id(c)] for c in row] for row in found], len(splits)), flows=tuple(flowing),
+        resident=_objects([[split.copies(r.value[0]) * r.nbytes for split in splits] for r in lying], len(splits)),
+        residents=tuple(lying), workload=dataclasses.replace(problem.workload, batch=batch), phases=None, costs=(),
+    )  # fmt: skip
 
 
-def _served(found: tuple[tuple[Cost, ...], ...], blocks: Sequence[Block], cluster: Cluster) -> tuple[tuple[Cost, ...], ...]:
-    """With what servers add to a request (at its first node of prefill) and to a step (at the first node of decode), where they do."""
-    rows = [list(row) for row in found]
-    for phase, field in ((Phase.PREFILL, "start"), (Phase.DECODE, "step")):
-        n = next((n for n, b in enumerate(blocks) if b.phase is phase), None)
-        for m, mesh in enumerate(cluster.meshes):
-            if n is not None and (chip := mesh.device.systolic) is not None:
-                rows[n][m] = rows[n][m] + Cost(latency=float(getattr(chip, field)))
-    return tuple(map(tuple, rows))
-
-
-def _copies(split: Layout, value: Value) -> float:
-    return split.copies(value[0])
+def _objects(rows: Sequence[Sequence[Any]], width: int) -> np.ndarray:
+    """An array [n, m] of numbers and of arrays of numbers."""
+    made = np.empty((len(rows), width), object)
+    for n, row in enumerate(rows):
+        for m, x in enumerate(row):
+            made[n, m] = x
+    return made
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
@@ -305,26 +289,6 @@ def _pins(pins: Mapping[str, str], names: Sequence[str], meshes: Sequence[str]) 
         if mesh not in meshes:
             raise NameUnknownError.among("mesh", mesh, meshes, where="pins")
     return {names.index(node): list(meshes).index(mesh) for node, mesh in pins.items()}
-
-
-def _node_costs(blocks: Sequence[Block], tables: Sequence[Mapping[int, Cost]]) -> tuple[tuple[Cost, ...], ...]:
-    rows: dict[int, list[Cost]] = {}
-    for table in tables:
-        if id(table) not in rows:
-            rows[id(table)] = [_block_cost(b, table) for b in blocks]
-    return tuple(tuple(rows[id(t)][n] for t in tables) for n in range(len(blocks)))
-
-
-def _block_cost(block: Block, table: Mapping[int, Cost]) -> Cost:
-    compute = memory = link = latency = busy = 0.0
-    for op, span in block.items:
-        c, part = table[op.id], share(op, span)
-        compute += c.compute * part
-        memory += c.memory * part
-        link += c.link * part
-        latency += c.latency * part
-        busy += c.busy * part
-    return Cost(compute=compute, memory=memory, link=link, latency=latency, busy=busy)
 
 
 def _node_works(blocks: Sequence[Block], works: Mapping[int, Work]) -> tuple[Work, ...]:

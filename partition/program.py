@@ -181,6 +181,16 @@ def trace(
     return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint, sizes=sizes, again=again if symbolic else None)
 
 
+def sized(program: Program, sizes: Mapping[str, Any]) -> Program:
+    """The same trace read with numbers, or arrays of numbers, for the symbols in its shapes: the same ops. Raises TraceError."""
+    if set(sizes) != set(program.sizes):
+        raise TraceError(f"the sizes given do not fit the symbols of the program: {', '.join(sorted(set(sizes) ^ set(program.sizes)))}", where=program.entry.name,
+                         mend=f"give a number for each of: {', '.join(sorted(program.sizes)) or 'none, it has no symbols'}")  # fmt: skip
+    entry, tensors = program.entry, program.graph.tensors
+    lowered = _jax.read(entry.jaxpr, [(tensors[t].role, tensors[t].name) for t in program.graph.inputs], sizes)
+    return dataclasses.replace(program, entries=(dataclasses.replace(entry, lowered=lowered),), sizes={}, again=None)
+
+
 def _first_floats(args: tuple[Any, ...]) -> tuple[int, ...]:
     """The position of the first argument that holds floats."""
 

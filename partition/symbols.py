@@ -36,6 +36,11 @@ def value(expression: object, sizes: Mapping[str, Any]) -> Any:
     return found if isinstance(found, np.ndarray) and found.ndim else int(found)
 
 
+def first(value: Any) -> Any:
+    """A number, or the first of an array of numbers: what decides where sizes are many at once."""
+    return value.flat[0] if isinstance(value, np.ndarray) and value.ndim else value
+
+
 def stand_ins(expressions: Iterable[object]) -> dict[str, int]:
     """A number for every symbol of some expressions, by name: unlike primes, so that no two sizes are equal by chance, and large enough
     that every expression is positive."""

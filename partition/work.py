@@ -19,6 +19,7 @@ from typing import Any
 
 from partition.errors import WorkError
 from partition.graph import Graph, Op, Role, Tensor, bodies, trips_of
+from partition.symbols import first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +127,7 @@ def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: se
             cost = sum(inside, Work()) * loop_trips(op, graph, trips)
         elif op.bodies:
             branches = [_level(b, weights, trips, on_chip, found) for b in op.bodies]
-            cost = max(branches, key=lambda w: (w.bytes, w.total_flops)) * copies(op)  # a cond runs one branch: the dearest
+            cost = max(branches, key=lambda w: (first(w.bytes), first(w.total_flops))) * copies(op)  # a cond runs one branch: the dearest
         else:
             ins, outs = [tensors[t] for t in op.inputs], [tensors[t] for t in op.outputs]
             cost = _tiled(op, _rule_for(op)(op, ins, outs), tensors, weights, on_chip)
@@ -142,7 +143,7 @@ def _rows(op: Op, tensors: Sequence[Tensor], weights: frozenset[int]) -> Any:
     contract, batch = op.params["dimension_numbers"]
     free = [math.prod(n for d, n in enumerate(tensors[t].shape) if d not in (*contract[i], *batch[i])) for i, t in enumerate(op.inputs[:2])]
     held = [t in weights for t in op.inputs[:2]]
-    return free[held.index(False)] if held.count(True) == 1 else min(free)
+    return free[held.index(False)] if held.count(True) == 1 else min(free, key=first)
 
 
 def copies(op: Op) -> int:
@@ -172,9 +173,9 @@ def _tiled(op: Op, cost: Work, tensors: Sequence[Tensor], weights: frozenset[int
     kept = 0.0
     if op.primitive == "dot_general" and weights.isdisjoint(op.inputs):
         out = tensors[op.outputs[0]]
-        if out.nbytes > max(tensors[t].nbytes for t in op.inputs):
+        if first(out.nbytes) > max(first(tensors[t].nbytes) for t in op.inputs):
             kept = out.nbytes
             on_chip.add(out.id)
-    if not held and not kept:
+    if not first(held) and not first(kept):
         return cost
     return dataclasses.replace(cost, read=cost.read - held, written=cost.written - kept)

@@ -14,7 +14,7 @@ from partition.errors import PartitionError
 from partition.fidelity import fidelity_text, summaries, validate
 from partition.fidelity.fitting import fit, fits_text
 from partition.fidelity.measurements import measurements
-from partition.fidelity.operators import operators, operators_text
+from partition.fidelity.kernels import operators, operators_text
 from partition.hardware import Kind, Mesh, Quantity
 from partition.work import Work
 

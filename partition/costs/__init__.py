@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from partition.graph import Graph, Op, bodies, roots
 from partition.graph import weights as weights_of
 from partition.hardware import Mesh
 from partition.sharding import Layout
+from partition.symbols import first
 from partition.work import Work, copies, loop_trips
 
 __all__ = ["Contraction", "Cost", "Request", "cost", "costs", "peak", "written"]
@@ -49,11 +51,11 @@ def cost(
 
 
 def _waiting(c: Cost, link: float) -> Cost:
-    return dataclasses.replace(c, link=c.link + link) if link else c
+    return dataclasses.replace(c, link=c.link + link)
 
 
 def _served(
-    work: Work, made: Contraction | None, comm: Iterable[tuple[str, float, int]], weigh: float, share: float, padding: float, turns: float,
+    work: Work, made: Contraction | None, comm: Iterable[tuple[str, float, int]], weigh: Any, share: Any, padding: Any, turns: Any,
 ) -> tuple[Work, Contraction | None, tuple[tuple[str, float, int], ...]]:  # fmt: skip
     """What one turn of prefill has of an op: `share` of its tokens, padding among them, and all of the `weigh` bytes of its weights."""
     one = dataclasses.replace(work * share, read=weigh + (work.read - weigh) * share, contractions=work.contractions)
@@ -66,20 +68,21 @@ def _served(
 
 def costs(
     graph: Graph, works: Mapping[int, Work], layout: Layout, mesh: Mesh, trips: int | None = None, layers: float = 1.0, *,
-    request: Request | None = None,
+    request: Request | None = None, alike: Mapping[int, object] | None = None,
 ) -> dict[int, Cost]:  # fmt: skip
     """Cost of every op of every level, by op id, for one run of its own level; a loop counts its trips, a cond its dearest branch.
 
     layers: how many layers share a device, where it is a wafer. request: what phases, buckets and caches do to ops (see `request.py`).
+    alike: what ops that cost the same have in common, where their sizes are arrays: a value for each op id.
     """
     found: dict[int, Cost] = {}
-    memo: dict[tuple[object, ...], Cost] = {}
+    memo: dict[object, Cost] = {}
     shaped = mesh.device.systolic is not None or mesh.device.streaming is not None
     top = weights_of(graph)
     held = top | {inner for inner, root in roots(graph).items() if root in top}
     asked, chip = request or Request(), mesh.device.systolic
     pairs = attentions(graph, held) if shaped or asked.written else {}
-    first = {op.id: op for op in graph.walk() if op.id in pairs} if pairs else {}
+    halves = {op.id: op for op in graph.walk() if op.id in pairs} if pairs else {}
 
     def level(g: Graph) -> Cost:
         total = [0.0] * 5
@@ -92,7 +95,7 @@ def costs(
     def shape(op: Op, g: Graph, ways: float) -> Contraction | None:
         if op.id in pairs:
             other, masked = pairs[op.id]
-            begin = first[other]
+            begin = halves[other]
             return scores(begin, g.tensors, held, layout.along.get(begin.id, ()), layout.ways.get(begin.id, 1), masked)
         return contraction(op, g.tensors, held, layout.along.get(op.id, ()), ways) if shaped and op.primitive == "dot_general" else None
 
@@ -101,20 +104,20 @@ def costs(
         if op.loop is not None:
             return sum(inside, Cost()) * loop_trips(op, g, trips)
         if inside:
-            return max(inside, key=lambda c: c.seconds) * copies(op)
+            return max(inside, key=lambda c: first(c.seconds)) * copies(op)
         work, ways, comm = works[op.id], layout.ways.get(op.id, 1), layout.collectives.get(op.id, ())
         made = shape(op, g, ways)
         turns, padding = asked.turns(op, chip), asked.padding(op, chip)
         used = asked.used(op, made.columns, chip) if made is not None and made.attention else 1.0
-        key = (tuple(work.flops.items()), work.bytes, work.contractions, work.rows, ways, comm, made, turns, padding, used)
+        key = alike[op.id] if alike is not None else (tuple(work.flops.items()), work.bytes, work.contractions, work.rows, ways, comm, made, turns, padding, used)
         if key not in memo:
-            if turns > 1 or padding > 1:
+            if np.any(np.greater(turns, 1)) or np.any(np.greater(padding, 1)):
                 weigh = sum(g.tensors[t].nbytes for t in op.inputs if t in held)
-                work, made, comm = _served(work, made, comm, min(weigh, float(work.read)), padding / turns, padding, turns)
-            if used < 1 and made is not None:
-                work, made = work * used, dataclasses.replace(made, columns=made.columns * used)
-                work = dataclasses.replace(work, contractions=work.contractions / used)
-            memo[key] = cost(work, mesh, ways=ways, collectives=comm, layers=layers, shape=made if shaped else None) * turns
+                work, made, comm = _served(work, made, comm, np.minimum(weigh, work.read), padding / turns, padding, turns)
+            if np.any(np.less(used, 1)) and made is not None:
+                work, made = dataclasses.replace(work * used, contractions=work.contractions), dataclasses.replace(made, columns=made.columns * used)
+            once = cost(work, mesh, ways=ways, collectives=comm, layers=layers, shape=made if shaped else None)
+            memo[key] = once if np.ndim(turns) == 0 and turns == 1 else once * turns
         return memo[key]
 
     level(graph)

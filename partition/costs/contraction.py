@@ -11,8 +11,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from partition.graph import Graph, Op, Tensor, bodies, itemsize
 from partition.sharding.factors import Factors, factors
+from partition.symbols import first
 from partition.work import FUSED
 
 _FAR = 60
@@ -64,7 +67,7 @@ def attentions(graph: Graph, weights: Collection[int]) -> dict[int, tuple[int, b
 
 def _second(op: Op, users: Mapping[int, list[Op]], tensors: Sequence[Tensor], weights: Collection[int]) -> tuple[Op | None, bool]:
     """The contraction that the scores of `op` reach with their size, and whether one op on the way hides some."""
-    size, queue, seen, masked = tensors[op.outputs[0]].size, list(op.outputs), set[int](), False
+    size, queue, seen, masked = first(tensors[op.outputs[0]].size), list(op.outputs), set[int](), False
     while queue and len(seen) < _FAR:
         for user in users.get(queue.pop(0), ()):
             if user.id in seen:
@@ -72,7 +75,7 @@ def _second(op: Op, users: Mapping[int, list[Op]], tensors: Sequence[Tensor], we
             seen.add(user.id)
             if user.primitive == "dot_general" and not any(t in weights for t in user.inputs):
                 return user, masked
-            if user.primitive in FUSED and tensors[user.outputs[0]].size == size:
+            if user.primitive in FUSED and first(tensors[user.outputs[0]].size) == size:
                 masked |= user.primitive in ("select_n", "add")
                 queue += user.outputs
     return None, masked
@@ -82,11 +85,10 @@ def contraction(op: Op, tensors: Sequence[Tensor], weights: Collection[int], alo
     """The share of a dot_general that one device has, whose work is split `ways` ways along some factors."""
     rule = factors(op, tensors)
     sizes: list[Any] = list(rule.sizes)
-    left, split = ways, 1.0
+    left: Any = ways
     for f in along:
-        take = min(left, sizes[f]) if sizes[f] else 1.0
+        take = np.minimum(left, np.maximum(sizes[f], 1))
         sizes[f], left = sizes[f] / take, left / take
-        split *= sizes[f]
     sides = [[f for fs in rule.ins[i] for f in fs if f not in rule.batch and f not in rule.summed] for i in (0, 1)]
     a, b = (math.prod(sizes[f] for f in side) for side in sides)
     held = [t in weights for t in op.inputs[:2]]
@@ -101,8 +103,8 @@ def contraction(op: Op, tensors: Sequence[Tensor], weights: Collection[int], alo
 
 def _keys_first(rule: Factors, sides: Sequence[Sequence[int]]) -> bool:
     """Whether the first operand holds the keys: it has one dimension of its own, the other more; or the longer one."""
-    counts = [sum(1 for f in side if rule.sizes[f] > 1) for side in sides]
-    longest = [max((rule.sizes[f] for f in side), default=1) for side in sides]
+    counts = [sum(1 for f in side if first(rule.sizes[f]) > 1) for side in sides]
+    longest = [max((first(rule.sizes[f]) for f in side), default=1) for side in sides]
     return counts[0] < counts[1] if min(counts) >= 1 and counts[0] != counts[1] else longest[0] > longest[1]
 
 
@@ -110,10 +112,10 @@ def scores(op: Op, tensors: Sequence[Tensor], weights: Collection[int], along: S
     """The attention whose first half is `op`, as one device has it."""
     whole, rule = contraction(op, tensors, weights, along, ways), factors(op, tensors)
     sides = [[f for fs in rule.ins[i] for f in fs if f not in rule.batch and f not in rule.summed] for i in (0, 1)]
-    own = sorted(rule.sizes[f] for f in (sides[1] if _keys_first(rule, sides) else sides[0])) or [1]
-    tokens = own[-1] if own[-1] > 256 or own[-1] * 4 >= whole.columns else own[0]  # many, or as many as keys: tokens; else heads that share a key
+    own = sorted((rule.sizes[f] for f in (sides[1] if _keys_first(rule, sides) else sides[0])), key=first) or [1]
+    tokens = own[-1] if first(own[-1]) > 256 or first(own[-1] * 4) >= first(whole.columns) else own[0]  # many, or as many as keys: tokens; else heads that share a key
     group = math.prod(own) / tokens
-    left = math.prod(own) / whole.rows if whole.rows else 1.0  # what splitting took of the queries: heads before tokens
-    taken = min(left, group)
+    left = math.prod(own) / np.maximum(whole.rows, 1e-9)  # what splitting took of the queries: heads before tokens
+    taken = np.minimum(left, group)
     heads = math.prod(rule.sizes[f] for f in along) / ways if along and along[0] in rule.batch else whole.batch * group
     return dataclasses.replace(whole, rows=tokens * taken / left, group=group / taken, heads=heads, attention=True, masked=masked)

@@ -7,11 +7,14 @@ into it), it pays for all.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
 
 from partition.graph import Graph, Op
 from partition.hardware import Systolic
+from partition.symbols import first
 
 _WRITES = {"dynamic_update_slice": 1, "scatter": 2, "pad": -1}
 """Primitives that put fewer positions into an array of more: which operand holds them (-1: the only one, and the result is the array)."""
@@ -26,45 +29,47 @@ class Request:
 
     prefill: Collection[int] = ()
     decode: Collection[int] = ()
-    batch: int = 1
-    written: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    batch: Any = 1
+    written: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     trips: int = 0
 
-    def turns(self, op: Op, chip: Systolic | None) -> float:
+    def turns(self, op: Op, chip: Systolic | None) -> Any:
         """How often a chip runs an op of prefill that takes fewer prompts at once."""
-        return max(1.0, self.batch / float(chip.prefill_batch)) if chip is not None and op.id in self.prefill else 1.0
+        return np.maximum(1.0, self.batch / float(chip.prefill_batch)) if chip is not None and op.id in self.prefill else 1.0
 
-    def padding(self, op: Op, chip: Systolic | None) -> float:
+    def padding(self, op: Op, chip: Systolic | None) -> Any:
         """By how much a chip pads the prompts of an op of prefill, to the next bucket."""
-        prompt = max(self.written.values(), default=0)
-        return bucket(prompt, chip) / prompt if chip is not None and prompt and op.id in self.prefill else 1.0
-
-    def used(self, op: Op, keys: float, chip: Systolic | None) -> float:
-        """The share of the keys of an attention of decode that are in use: on the mean of all trips, or all trips' bucket where a chip has some."""
-        if op.id not in self.decode or keys not in self.written:
+        if chip is None or not self.written or op.id not in self.prefill:
             return 1.0
-        longest = self.written[int(keys)] + self.trips
+        prompt = self.written[max(self.written, key=lambda length: first(self.written[length]))]
+        return bucket(prompt, chip) / prompt
+
+    def used(self, op: Op, keys: Any, chip: Systolic | None) -> Any:
+        """The share of the keys of an attention of decode that are in use: on the mean of all trips, or all trips' bucket where a chip has some."""
+        if op.id not in self.decode or first(keys) not in self.written:
+            return 1.0
+        longest = self.written[int(first(keys))] + self.trips
         live = bucket(longest, chip) if chip is not None else longest - (self.trips - 1) / 2
-        return min(1.0, live / keys)
+        return np.minimum(1.0, live / keys)
 
 
-def bucket(length: int, chip: Systolic) -> float:
+def bucket(length: Any, chip: Systolic) -> Any:
     """The length that a chip's compiled shape has for `length` tokens: the bucket's granule times a power of two."""
     granule = float(chip.bucket)
-    return granule * 2.0 ** max(0, math.ceil(math.log2(length / granule))) if length > 0 else granule
+    return granule * 2.0 ** np.maximum(0.0, np.ceil(np.log2(np.maximum(length, 1) / granule)))
 
 
-def written(graph: Graph, prefill: Collection[int]) -> dict[int, int]:
+def written(graph: Graph, prefill: Collection[int]) -> dict[int, Any]:
     """Length of an array -> the most positions that an op of prefill writes into one so long, where it writes fewer along one dimension."""
-    found: dict[int, int] = {}
+    found: dict[int, Any] = {}
     for op in graph.walk():
         if op.id not in prefill or op.primitive not in _WRITES:
             continue
         at = _WRITES[op.primitive]
         into = graph.tensors[op.outputs[0]].shape
         new = graph.tensors[op.inputs[0 if at < 0 else at]].shape
-        unlike = [d for d in range(len(into)) if into[d] != new[d]] if len(into) == len(new) else []
-        if len(unlike) == 1 and new[unlike[0]] < into[unlike[0]]:
-            length = int(into[unlike[0]])
-            found[length] = max(found.get(length, 0), int(new[unlike[0]]))
+        unlike = [d for d in range(len(into)) if first(into[d]) != first(new[d])] if len(into) == len(new) else []
+        if len(unlike) == 1 and first(new[unlike[0]]) < first(into[unlike[0]]):
+            length = int(first(into[unlike[0]]))
+            found[length] = max(found.get(length, 0), new[unlike[0]], key=first)
     return found

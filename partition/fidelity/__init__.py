@@ -1,7 +1,7 @@
 """validate(): the predictions against what was published, point by point, with the errors, the bad ones too.
 
 `measurements.py` reads the points, `subjects.py` makes of each what can be priced. A point that a number of the subject was fitted to says
-nothing about other points; it is counted apart. `operators.py` does the same for tables of measured operators, `fitting.py` fits numbers anew.
+nothing about other points; it is counted apart. `kernels.py` does the same for tables of measured operators, `fitting.py` fits numbers anew.
 """
 
 from __future__ import annotations

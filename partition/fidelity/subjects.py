@@ -24,7 +24,7 @@ from partition.graph import weights as weights_of
 from partition.hardware import Cluster, Edge, End, Mesh, Quantity
 from partition.overrides import banded
 from partition.phases import Phase, Phases, is_weight, tag
-from partition.problem import layouts
+from partition.pricing import layouts
 from partition.program import trace
 from partition.work import Work, work
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from partition.graph import Op, Tensor
 from partition.work import Work, rule
 
@@ -37,7 +39,7 @@ def ragged_dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) ->
     groups = ins[2].shape[-1]
     flops = 2 * outs[0].size * math.prod(ins[0].shape[d] for d in contract) / (groups if by_rows else 1)
     rows = math.prod(ins[0].shape[d] for d in numbers.lhs_ragged_dimensions)
-    share = min(1.0, rows / groups) if numbers.rhs_group_dimensions else 1.0
+    share = np.minimum(1.0, rows / groups) if numbers.rhs_group_dimensions else 1.0
     read = ins[0].nbytes + ins[1].nbytes * share + sum(t.nbytes for t in ins[2:])
     return Work(flops={_arithmetic(ins[0].dtype): flops}, read=read, written=outs[0].nbytes, contractions=1, rows=rows, macs=flops / 2)
 

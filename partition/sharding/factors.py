@@ -36,7 +36,8 @@ class Factors:
 def factors(op: Op, tensors: Sequence[Tensor]) -> Factors:
     """The factors of an op; of one whose primitive has no rule, none, unless it works element by element."""
     ins, outs = [tensors[t].shape for t in op.inputs], [tensors[t].shape for t in op.outputs]
-    made = RULES.get(op.primitive, _elementwise if _alike(ins, outs) else _nothing)(op, ins, outs)
+    rule = RULES.get(op.primitive) or (_elementwise if _alike(ins, outs) else _nothing)
+    made = rule(op, ins, outs)
     return made if made is not None else _nothing(op, ins, outs)
 
 
