@@ -38,7 +38,7 @@ class Estimate:
 
     ttft [s]: until the decode side can go on from the first token, the exposed part of the hand-off included. tpot [s]: one trip of the
     token loop in its steady state. e2e [s]: the whole request. busy [m] and link_busy {(m, m): s}: seconds of work a request.
-    throughput [tokens/s]: with requests pipelined, as many as the busiest mesh or link lets through. usd_per_mtok: $ per million
+    throughput [tokens/s]: with requests pipelined, as many as the busiest mesh, link or sender's ports let through. usd_per_mtok: $ per million
     tokens when every machine is paid for the time it is busy, as in a rate-matched fleet under full load. usd_reserved: the same
     when all used machines are kept for this one batch. joules_per_token [J]: of the machines while they are busy. exposed [s]: hand-off time that prefill does not hide.
     """
@@ -75,14 +75,16 @@ def one(x: Any) -> Any:
 class Schedule:
     """List schedule of a placement in node order: each mesh runs one node at a time, each link one transfer at a time.
 
-    A transfer starts when its value is made and the link is free, holds the link for bytes / beta, and arrives alpha later. So the
-    hand-off of a layer crosses while prefill goes on with the next.
+    A transfer starts when its value is made and the link and the sender's ports are free, holds the link for bytes / beta and the ports for
+    bytes / wire, and arrives alpha later. So the hand-off of a layer crosses while prefill goes on with the next, and several receivers
+    that each take in less than the ports give are served at once.
     """
 
     def __init__(self, problem: Problem, placement: Placement, record: bool = False):
         self.p, self.where = problem, [placement.of(n) for n in range(len(problem))]
         self.free = [0.0] * len(problem.meshes)
         self.link_free: dict[tuple[int, int], float] = {}
+        self.ports_free: dict[int, float] = {}
         self.done: dict[tuple[int, int], float] = {}  # (node, mesh) -> end
         self.arrived: dict[tuple[int, int], float] = {}  # (flow, mesh) -> when it is there
         self.slots: list[Slot] | None = [] if record else None
@@ -108,24 +110,31 @@ class Schedule:
         return end
 
     def send(self, n: int, trip: int) -> None:
-        """Start every transfer of what node n made, once for each mesh that reads it."""
+        """Start every transfer of what node n made, once for each mesh that reads it; those that leave together share the sender's ports."""
         p, home = self.p, self.where[n]
+        leaving: list[tuple[int, int]] = []
         for i in self.by_src[n]:
             flow = p.flows[i]
             if trip < 0 and flow.kind in ("carry", "result"):
                 continue
-            made = self.done[n, home[0]]
             for m in sorted({m for d in flow.dst for m in self.where[d]}):
                 if m in home:
                     self.arrived[i, m] = self.done[n, m]
-                    continue
-                src = home[0]
-                start = later(made, self.link_free.get((src, m), 0.0))
-                stop = start + flow.nbytes / float(p.beta[src, m]) if p.beta[src, m] > 0 else float("inf")
-                self.link_free[src, m] = stop
-                self.arrived[i, m] = stop + float(p.alpha[src, m])
-                if self.slots is not None:
-                    self.slots.append(Slot(start=start, end=self.arrived[i, m], mesh=src, to=m, flow=i, trip=trip))
+                else:
+                    leaving.append((i, m))
+        if not leaving:
+            return
+        src = home[0]
+        made = later(self.done[n, src], self.ports_free.get(src, 0.0))
+        self.ports_free[src] = made + sum(p.flows[i].nbytes / float(p.wire[src, m]) for i, m in leaving if p.wire[src, m] > 0)
+        for i, m in leaving:
+            start = later(made, self.link_free.get((src, m), 0.0))
+            stop = start + p.flows[i].nbytes / float(p.beta[src, m]) if p.beta[src, m] > 0 else float("inf")
+            stop = later(stop, self.ports_free[src]) if len({m for _, m in leaving}) > 1 else stop
+            self.link_free[src, m] = stop
+            self.arrived[i, m] = stop + float(p.alpha[src, m])
+            if self.slots is not None:
+                self.slots.append(Slot(start=start, end=self.arrived[i, m], mesh=src, to=m, flow=i, trip=trip))
 
 
 def groups(problem: Problem) -> tuple[list[int], list[int], list[int]]:
@@ -175,16 +184,18 @@ def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float
             busy[m] += one(problem.seconds[n, m] * problem.times[n])
     link_busy: dict[tuple[int, int], float] = {}
     link_bytes: dict[tuple[int, int], float] = {}
+    ports: dict[int, float] = {}
     for i, a, b in crossings(problem, placement):
         moved = problem.flows[i].nbytes * problem.flows[i].times
         link_bytes[a, b] = link_bytes.get((a, b), 0.0) + moved
         link_busy[a, b] = link_busy.get((a, b), 0.0) + (moved / float(problem.beta[a, b]) if problem.beta[a, b] > 0 else float("inf"))
+        ports[a] = ports.get(a, 0.0) + (moved / float(problem.wire[a, b]) if problem.wire[a, b] > 0 else 0.0)
     tokens, used = problem.workload.tokens, [m for m, b in enumerate(busy) if first(b) > 0]
     bytes_usd = sum(b * float(problem.link_price[pair]) for pair, b in link_bytes.items())
     usd = sum(busy[m] * float(problem.price[m]) for m in used) + bytes_usd
     reserved = sum(float(problem.price[m]) for m in used) * e2e + bytes_usd
     return Estimate(
-        ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if first(busiest := functools.reduce(later, [*busy, *link_busy.values()], 0.0)) > 0 else 0.0,
+        ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if first(busiest := functools.reduce(later, [*busy, *link_busy.values(), *ports.values()], 0.0)) > 0 else 0.0,
         usd_per_mtok=usd / tokens * 1e6, usd_reserved=reserved / tokens * 1e6,
         joules_per_token=sum(busy[m] * float(problem.power[m]) for m in used) / tokens, busy=tuple(busy), link_busy=link_busy,
         link_bytes=link_bytes, memory=tuple(map(one, problem.memory(placement))),

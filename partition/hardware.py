@@ -161,7 +161,10 @@ class Device:
 class Link:
     """A way for bytes: time = alpha [s] + bytes / beta [B/s]. Inside a mesh, alpha is that of one small collective, beta its bus rate.
 
-    price [$/B] is what the provider charges for a byte.
+    price [$/B] is what the provider charges for a byte. topology: how devices of a mesh are joined, one of TOPOLOGIES; hop [s]: each step of a
+    collective after the first takes that (see `collectives`), mesh_below and ring_above [B]: from where to where its algorithm is another.
+    ports, stripe [B]: a transfer of less than a stripe for each port uses so many fewer of them. block [B], block_time [s]: senders cut
+    transfers in blocks that take this time each beside their bytes. cold [s]: the first transfer of all takes so much longer.
     """
 
     name: str
@@ -169,6 +172,19 @@ class Link:
     alpha: Quantity = number("time")
     beta: Quantity = number("bandwidth")
     price: Quantity = number("price per byte")
+    topology: str = "all_to_all"
+    hop: Quantity | None = number("time", default=None)
+    mesh_below: Quantity | None = number("bytes", default=None)
+    ring_above: Quantity | None = number("bytes", default=None)
+    ports: Quantity | None = number("number", default=None)
+    stripe: Quantity | None = number("bytes", default=None)
+    block: Quantity | None = number("bytes", default=None)
+    block_time: Quantity | None = number("time", default=None)
+    cold: Quantity | None = number("time", default=None)
+
+
+TOPOLOGIES = ("all_to_all", "ring", "torus", "tree")
+"""How the devices of a mesh may be joined."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,17 +223,28 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Edge:
-    """A link between two meshes, in both directions. `ingest` [B/s] is the most that the receiving side `dst` takes in, if it binds."""
+    """A link between two meshes, in both directions. `ingest` [B/s] is the most that the receiving side `dst` takes in, if it binds.
+
+    gateway [s]: what a machine between the two networks adds to a transfer.
+    """
 
     src: str
     dst: str
     link: Link
     ingest: Quantity | None = None
+    gateway: Quantity | None = None
+
+    @property
+    def alpha(self) -> float:
+        """Seconds from the start of a transfer until its first byte has arrived."""
+        return float(self.link.alpha) + (float(self.gateway) if self.gateway else 0.0)
 
     @property
     def beta(self) -> float:
-        """Bytes per second that really pass: the narrower of link and ingest."""
-        return min(float(self.link.beta), float(self.ingest) if self.ingest else float("inf"))
+        """Bytes per second that really pass: the narrower of link and ingest, and what blocks leave of it."""
+        wire = min(float(self.link.beta), float(self.ingest) if self.ingest else float("inf"))
+        block, time = self.link.block, self.link.block_time
+        return wire if block is None or time is None else 1.0 / (1.0 / wire + float(time) / float(block))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from partition.errors import NameUnknownError, ProfileError
 from partition.hardware import Cluster, Device, End, Kind, Link, Quantity
 
 _BETTER_LOW = frozenset({"time", "price", "price per byte", "power", "cycles"})
-_INGEST = "ingest"
+_EDGE = {"ingest": "bandwidth", "gateway": "time"}
+"""Numbers of an edge, named by its link."""
 
 
 def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Quantity]]:
@@ -34,15 +35,16 @@ def quantities(cluster: Cluster) -> Iterator[tuple[str, str, Quantity]]:
     values: list[Device | Link] = [*devices.values(), *links.values()]
     for value in values:
         yield from ((f"{value.name}.{field}", dimension, q) for field, dimension, q in numbers(value))
-    for edge in {e.link.name: e for e in cluster.edges if e.ingest is not None}.values():
-        assert edge.ingest is not None
-        yield f"{edge.link.name}.{_INGEST}", "bandwidth", edge.ingest
+    for field, dimension in _EDGE.items():
+        yield from ((f"{name}.{field}", dimension, q) for name, q in {e.link.name: getattr(e, field) for e in cluster.edges}.items() if q is not None)
 
 
 def replaced(cluster: Cluster, values: Mapping[str, str | float]) -> Cluster:
     """A cluster with numbers set by name. Raises ProfileError, NameUnknownError."""
     known = {name: dimension for name, dimension, _ in quantities(cluster)}
-    known |= {f"{e.link.name}.ingest": "bandwidth" for e in cluster.edges} | {f"{m.name}.count": "" for m in cluster.meshes}
+    known |= {f"{e.link.name}.{field}": dimension for e in cluster.edges for field, dimension in _EDGE.items()} | {f"{m.name}.count": "" for m in cluster.meshes}
+    links = {link.name: link for link in [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]}
+    known |= {f"{name}.{f.name}": f.metadata["dimension"] for name, link in links.items() for f in dataclasses.fields(link) if "dimension" in f.metadata}
     for name, said in values.items():
         if name not in known:
             raise NameUnknownError.among("number of this cluster", name, known, where=f"cluster {cluster.name!r}")
@@ -100,10 +102,10 @@ def _put(cluster: Cluster, name: str, q: Quantity) -> Cluster:
     owner, _, field = name.partition(".")
 
     def set_in(value: Any) -> Any:
-        return put(value, field, q) if value is not None and value.name == owner and field != _INGEST else value
+        return put(value, field, q) if value is not None and value.name == owner and field not in _EDGE else value
 
     devices = {m.device.name: set_in(m.device) for m in cluster.meshes}
     meshes = tuple(dataclasses.replace(m, device=devices[m.device.name], fabric=set_in(m.fabric)) for m in cluster.meshes)
-    ingest = None if math.isinf(q.value) else q
-    edges = tuple(dataclasses.replace(e, link=set_in(e.link), ingest=ingest if e.link.name == owner and field == _INGEST else e.ingest) for e in cluster.edges)
+    own: dict[str, Any] = {field: None if math.isinf(q.value) else q} if field in _EDGE else {}
+    edges = tuple(dataclasses.replace(e, link=set_in(e.link), **(own if e.link.name == owner else {})) for e in cluster.edges)
     return dataclasses.replace(cluster, meshes=meshes, edges=edges)

@@ -299,7 +299,7 @@ def versions() -> dict[str, str]:
 
 
 _ENDS = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
-_ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "price", "power", "link_price")
+_ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "wire", "price", "power", "link_price")
 
 
 def to_json(made: Plan) -> dict[str, Any]:
@@ -339,9 +339,10 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
         raise OutputError(f"plan format {raw.get('format')!r} is not {FORMAT}", where="plan.json", mend="plan again with this version")
     p = raw["problem"]
     arrays: dict[str, Any] = {name: np.array(p[name], dtype=np.int64 if name == "times" else np.float64) for name in _ARRAYS}
-    arrays["beta"] = np.where(arrays["beta"] < 0, np.inf, arrays["beta"])
+    for name in ("beta", "wire"):
+        arrays[name] = np.where(arrays[name] < 0, np.inf, arrays[name])
     arrays["resident"] = arrays["resident"].reshape(len(p["residents"]), len(p["meshes"]))
-    if any(not (np.isfinite(a) & (a >= 0)).all() for name, a in arrays.items() if name != "beta"):
+    if any(not (np.isfinite(a) & (a >= 0)).all() for name, a in arrays.items() if name not in ("beta", "wire")):
         raise ValueError("a time, a size or a price is negative or no number")
     if any(not 0 <= n < len(p["names"]) for f in p["flows"] for n in (f["src"], *f["dst"])):
         raise ValueError("a flow joins nodes that do not exist")

@@ -52,7 +52,8 @@ class Problem:
 
     seconds [n, m]: one run of a node on a mesh. times [n]: runs a request. flows: what passes between nodes. resident [r, m]: bytes of
     each resident on each mesh, copies included. activation [n, m]: bytes alive while a node runs. capacity [m] B, alpha [m, m] s,
-    beta [m, m] B/s (0: no link), price [m] $/s, power [m] W, link_price [m, m] $/B. pins: node -> mesh. kinds: device of each mesh.
+    beta [m, m] B/s (0: no link), wire [m, m] B/s that the ports of the
+    sender take for all of its transfers on such links together, price [m] $/s, power [m] W, link_price [m, m] $/B. pins: node -> mesh. kinds: device of each mesh.
     measured: the (node, mesh) whose time is a user's own. layouts, op_works, times_given, trips: the split of each mesh, the work of each op, a user's
     own times, and how often loops run that do not tell, to cost it anew.
     """
@@ -71,6 +72,7 @@ class Problem:
     capacity: np.ndarray
     alpha: np.ndarray
     beta: np.ndarray
+    wire: np.ndarray
     price: np.ndarray
     power: np.ndarray
     link_price: np.ndarray
@@ -234,10 +236,10 @@ def _numbers(
 ) -> dict[str, Any]:  # fmt: skip
     """What of a problem follows from the numbers of a cluster, but for what its meshes hold."""
     found, marked = put(node_costs(phases, blocks, works, splits, cluster, trips), names, cluster, times)
-    alpha, beta, money = _links(cluster)
+    alpha, beta, wire, money = _links(cluster)
     return {
         "seconds": np.array([[c.seconds for c in row] for row in found]).reshape(len(blocks), len(cluster.meshes)), "costs": found,
-        "alpha": alpha, "beta": beta, "price": np.array([m.price for m in cluster.meshes]), "power": np.array([m.power for m in cluster.meshes]), "link_price": money,
+        "alpha": alpha, "beta": beta, "wire": wire, "price": np.array([m.price for m in cluster.meshes]), "power": np.array([m.power for m in cluster.meshes]), "link_price": money,
         "cluster": cluster, "measured": marked,
     }  # fmt: skip
 
@@ -302,15 +304,16 @@ def _node_works(blocks: Sequence[Block], works: Mapping[int, Work]) -> tuple[Wor
     return tuple(out)
 
 
-def _links(cluster: Cluster) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _links(cluster: Cluster) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     n = len(cluster.meshes)
     index = {m.name: i for i, m in enumerate(cluster.meshes)}
-    alpha, beta, money = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n))
+    alpha, beta, wire, money = (np.zeros((n, n)) for _ in range(4))
     for e in cluster.edges:
         i, j = index[e.src], index[e.dst]
-        alpha[i, j], beta[i, j], money[i, j] = float(e.link.alpha), e.beta, float(e.link.price)
+        alpha[i, j], beta[i, j], wire[i, j], money[i, j] = e.alpha, e.beta, float(e.link.beta), float(e.link.price)
     np.fill_diagonal(beta, np.inf)
-    return alpha, beta, money
+    np.fill_diagonal(wire, np.inf)
+    return alpha, beta, wire, money
 
 
 def _activations(blocks: Sequence[Block], phases: Phases, apart: frozenset[int], splits: Sequence[Layout]) -> np.ndarray:

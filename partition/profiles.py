@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from partition import units
 from partition.errors import NameUnknownError, ProfileError
-from partition.hardware import Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity, Region, Streaming, Systolic
+from partition.hardware import TOPOLOGIES, Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity, Region, Streaming, Systolic
 
 _MEND = "write {{ value = \"{example}\", kind = \"published\", source = \"where it stands\" }}"  # fmt: skip
 _EXAMPLES = {"time": "15 us", "bytes": "96 GiB", "bandwidth": "400 Gbit/s", "compute": "667 TFLOP/s", "price": "2.24 $/h",
@@ -106,7 +106,7 @@ def _schema(of: type[Any]) -> type[_Strict]:
         elif field.name == "peak":
             fields[field.name] = (Annotated[dict[str, _quantity("compute")], BeforeValidator(_known_dtypes), Field(min_length=1)], ...)  # type: ignore[misc]
         else:
-            fields[field.name] = (Name, ...) if needed else (bool, field.default)
+            fields[field.name] = (Name, ...) if needed else (type(field.default), field.default)
     return create_model(f"_{of.__name__}", __base__=_Strict, **fields)
 
 
@@ -118,6 +118,14 @@ MODELS = ("region", "systolic", "streaming")
 def _one_model(made: Any) -> Any:
     if len(given := [m for m in MODELS if getattr(made, m) is not None]) > 1:
         raise ValueError(f"a device computes in one way, this one has {' and '.join(given)}; keep one of the tables")
+    return made
+
+
+def _topology(made: Any) -> Any:
+    if made.topology not in TOPOLOGIES:
+        raise ValueError(f"no topology is called {made.topology!r}; known: {', '.join(TOPOLOGIES)}")
+    if (made.ports is None) != (made.stripe is None) or (made.block is not None and made.block_time is None):
+        raise ValueError("ports and stripe stand together or not at all, and a block needs a block_time")
     return made
 
 
@@ -134,6 +142,7 @@ class _Edge(_Strict):
     between: Annotated[list[str], Field(min_length=2, max_length=2)]
     link: str
     ingest: _quantity("bandwidth") | None = None  # type: ignore[valid-type]
+    gateway: _quantity("time") | None = None  # type: ignore[valid-type]
     chain: bool = False
 
 
@@ -144,7 +153,7 @@ class _Cluster(_Strict):
     links: list[_Edge] = []
 
 
-_TABLES: dict[str, Any] = {"device": Annotated[_schema(Device), AfterValidator(_one_model)], "link": _schema(Link), "cluster": _Cluster}
+_TABLES: dict[str, Any] = {"device": Annotated[_schema(Device), AfterValidator(_one_model)], "link": Annotated[_schema(Link), AfterValidator(_topology)], "cluster": _Cluster}
 Table = Literal["device", "link", "cluster"]
 
 
@@ -299,6 +308,6 @@ def cluster(name: str) -> Cluster:
         if twice := next((pair for pair in pairs if pair in edges), None):
             raise ProfileError(f"two links join {twice[0]!r} and {twice[1]!r}", where=at, mend="keep one of them: a link serves both directions")
         for x, y in pairs:
-            edges[x, y] = Edge(src=x, dst=y, link=made_link, ingest=e.ingest)
-            edges[y, x] = Edge(src=y, dst=x, link=made_link, ingest=e.ingest)
+            edges[x, y] = Edge(src=x, dst=y, link=made_link, ingest=e.ingest, gateway=e.gateway)
+            edges[y, x] = Edge(src=y, dst=x, link=made_link, ingest=e.ingest, gateway=e.gateway)
     return Cluster(name=raw.name, title=raw.title, meshes=tuple(meshes), edges=tuple(edges[k] for k in sorted(edges)))

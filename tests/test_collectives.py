@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partition.collectives import collective, transfer
+from partition.collectives import collective, steps, transfer
 from partition.hardware import Edge, Kind, Link, Quantity
 
 KINDS = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
@@ -61,3 +61,43 @@ def test_monotonic(kind: str, nbytes: float, n: int, alpha: float, beta: float, 
     edge = Edge(src="a", dst="b", link=link(alpha, beta), ingest=q(beta / 2))
     wider = Edge(src="a", dst="b", link=link(alpha, beta), ingest=q(beta / 2 * more))
     assert transfer(nbytes, wider) <= transfer(nbytes, edge)
+
+
+def test_steps_are_those_of_the_size_and_the_topology() -> None:
+    """32 devices: below 1 MB none beyond the first, to 56 MB log2 32 - 1, above as many as the way round."""
+    import dataclasses
+
+    base = dataclasses.replace(link(), hop=q(1e-6), mesh_below=q(1e6), ring_above=q(56e6))
+    for topology, around in {"ring": 30.0, "torus": 2 * (32**0.5 - 1) - 1, "tree": 4.0, "all_to_all": 0.0}.items():
+        fabric = dataclasses.replace(base, topology=topology)
+        assert [steps(n, 32, fabric) for n in (1e5, 1e7, 1e9)] == pytest.approx([0.0, 4.0, around])
+        assert collective("all_reduce", 1e7, 32, fabric) == pytest.approx(collective("all_reduce", 1e7, 32, link()) + 8e-6)
+
+
+def test_small_transfers_use_few_ports_and_the_first_is_cold() -> None:
+    import dataclasses
+
+    striped = dataclasses.replace(link(), ports=q(16.0), stripe=q(2e6), cold=q(4.0))
+    edge = Edge(src="a", dst="b", link=striped)
+    assert transfer(1e6, edge) == pytest.approx(10e-6 + 16 * 1e6 / 100e9)  # one of 16 ports
+    assert transfer(64e6, edge) == pytest.approx(10e-6 + 64e6 / 100e9)
+    assert transfer(64e6, edge, cold=True) == pytest.approx(4.0 + transfer(64e6, edge))
+
+
+def test_blocks_and_gateways_take_their_time() -> None:
+    import dataclasses
+
+    blocks = dataclasses.replace(link(), block=q(65536.0), block_time=q(0.76e-6))
+    edge = Edge(src="a", dst="b", link=blocks, gateway=q(50e-6))
+    assert transfer(65536 * 1000, edge) == pytest.approx(60e-6 + 65536 * 1000 / 100e9 + 1000 * 0.76e-6)
+    assert edge.alpha == pytest.approx(60e-6)
+
+
+def test_a_sender_has_its_ports_once() -> None:
+    """Two receivers that each take in 60 of the sender's 100 GB/s: they are not served faster than 100 together."""
+    from partition import profiles
+    from partition.problem import _links
+
+    cluster = profiles.cluster("trn2_efa_4cs3")
+    _, beta, wire, _ = _links(cluster)
+    assert wire[0, 1] > beta[0, 1] > 0 and wire[0, 1] == pytest.approx(347e9)

@@ -13,8 +13,8 @@ from partition.costs import cost
 from partition.errors import PartitionError
 from partition.fidelity import fidelity_text, summaries, validate
 from partition.fidelity.fitting import fit, fits_text
-from partition.fidelity.measurements import measurements
 from partition.fidelity.kernels import operators, operators_text
+from partition.fidelity.measurements import measurements
 from partition.hardware import Kind, Mesh, Quantity
 from partition.work import Work
 

@@ -53,7 +53,7 @@ def test_renaming_meshes_changes_nothing(meshes: list[int], order: list[int]) ->
     renamed = dataclasses.replace(
         PROBLEM, meshes=tuple(PROBLEM.meshes[i] for i in o), kinds=tuple(PROBLEM.kinds[i] for i in o), seconds=PROBLEM.seconds[:, o],
         resident=PROBLEM.resident[:, o], activation=PROBLEM.activation[:, o], capacity=PROBLEM.capacity[o], price=PROBLEM.price[o], power=PROBLEM.power[o],
-        alpha=PROBLEM.alpha[np.ix_(o, o)], beta=PROBLEM.beta[np.ix_(o, o)], link_price=PROBLEM.link_price[np.ix_(o, o)],
+        alpha=PROBLEM.alpha[np.ix_(o, o)], beta=PROBLEM.beta[np.ix_(o, o)], wire=PROBLEM.wire[np.ix_(o, o)], link_price=PROBLEM.link_price[np.ix_(o, o)],
     )  # fmt: skip
     a = evaluate(PROBLEM, PROBLEM.placement(meshes))
     b = evaluate(renamed, renamed.placement([order.index(m) for m in meshes]))
@@ -64,7 +64,7 @@ def test_more_bandwidth_never_hurts_a_placement() -> None:
     placement = POLICIES["phase_split"](PROBLEM)
     times = []
     for factor in (0.001, 0.1, 1, 10):
-        faster = dataclasses.replace(PROBLEM, beta=PROBLEM.beta * factor)
+        faster = dataclasses.replace(PROBLEM, beta=PROBLEM.beta * factor, wire=PROBLEM.wire * factor)
         times.append(evaluate(faster, placement).e2e)
     assert times == sorted(times, reverse=True) and times[0] > times[-1]
 

@@ -13,9 +13,9 @@ from jax import export
 import partition as pt
 from models import llama
 from models.generate import generate, of_nnx, shapes
-from partition.scaling import curves
 from partition.errors import TraceError
 from partition.program import sized
+from partition.scaling import curves
 
 FIELDS = ("ttft", "tpot", "e2e", "usd_per_mtok", "joules_per_token", "throughput")
 
