@@ -118,4 +118,5 @@ def fidelity_text(points: Sequence[Point]) -> str:
     heads = ("subject", "metric", "points", "n", "mean error", "median", "bias", "worst", "in the band", "band's width", "interval score")
     worst = [f"worst of {s.subject} {s.metric}, {'fitted' if s.fitted else 'not fitted'}: {s.worst.what}: published {units.seconds(s.worst.published)}, "
              f"predicted {units.seconds(s.worst.predicted)}" for s in found]  # fmt: skip
-    return "\n".join([table("Predicted against published", heads, lines), *worst, *sorted({f"source of {p.subject} {p.metric}: {p.source}" for p in points})])
+    held = [f"{sum(p.inside for p in group)} of {len(group)} points{word} lie in their band" for word, group in (("", points), (" that nothing was fitted to", [p for p in points if not p.fitted])) if group]
+    return "\n".join([table("Predicted against published", heads, lines), "; ".join(held), *worst, *sorted({f"source of {p.subject} {p.metric}: {p.source}" for p in points})])
