@@ -61,8 +61,9 @@ def _phase(m: Measurements, given: Mapping[str, Any], path: Path) -> tuple[Clust
             raise ProfileError(f"{m.subject} has no regions, a side says nothing", where=f"{path}: columns", mend="leave the column out")
         side = Quantity(value=float(given["side"]), kind=m.kind, source=m.source)
         device = dataclasses.replace(device, region=dataclasses.replace(device.region, side=side))
-    if count > 1 and m.fabric is None:
+    if count > 1 and m.fabric is None:  # devices, or wafers
         raise ProfileError(f"{count} devices are joined by no fabric", where=str(path), mend='name a link: fabric = "..."')
+    wafers, count = (count, 1) if device.region is not None else (1, count)  # layers lie on one wafer after the other
     mesh = Mesh(name=m.subject, device=device, count=count, stand_in=1, fabric=profiles.link(m.fabric) if m.fabric else None)
     cluster = Cluster(name=m.subject, title=m.title, meshes=(mesh,), edges=())
     length, tokens = int(given.get("prompt", 0)), 2
@@ -82,13 +83,16 @@ def _phase(m: Measurements, given: Mapping[str, Any], path: Path) -> tuple[Clust
     asked = Request(prefill={op.id for op in graph.walk() if phases.of.get(op.id) is Phase.PREFILL}, batch=int(given.get("batch", 1)))
     left_out = {Part.HEAD, Part.SAMPLING} if m.without_head else set[Part]()
     counted = [op.id for op in level.ops if op is not loop and phases.anatomy.kind[op.id] not in left_out]
-    layers = float(max(phases.anatomy.layers.counts.values(), default=1))
+    layers = float(max(phases.anatomy.layers.counts.values(), default=1)) / wafers
+    passed = graph.tensors[next(i for i in level.ops if i is not loop and i.loop is not None).outputs[0]].nbytes if wafers > 1 else 0.0  # of the layers' scan
 
     def seconds(c: Cluster) -> float:
         (here,) = c.meshes
         table: Mapping[int, Cost] = costs(graph, works, split, here, layers=layers, request=asked)
         chip = here.device.systolic
         served = 0.0 if chip is None else float(chip.start if m.metric == "ttft" else chip.step)
+        if wafers > 1 and here.fabric is not None:  # from wafer to wafer, and back with the token
+            served += wafers * (float(here.fabric.alpha) + passed / float(here.fabric.beta))
         return float(sum(table[i].seconds for i in counted)) + served
 
     return cluster, seconds
