@@ -23,16 +23,24 @@ Times = Mapping[str, Mapping[str, float | str]]
 def read(path: str | Path) -> Times:
     """Read times from a CSV file with the columns node, machine, time ("1.2 ms", or seconds). Raises ProfileError."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            table = csv.reader(file, skipinitialspace=True)
+            heads = [h.strip().lower() for h in next(table, [])]
+            rows = [dict(zip(heads, (c.strip() for c in row), strict=False)) for row in table if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ProfileError(f"the times cannot be read: {error}", where=str(path), mend="name a CSV file with the columns node, machine, time") from None
     found: dict[str, dict[str, float | str]] = {}
     for n, row in enumerate(rows, 2):
-        if None in row or any(not (row.get(c) or "").strip() for c in ("node", "machine", "time")):
+        node, machine, said = (row.get(c, "") for c in ("node", "machine", "time"))
+        if not (node and machine and said):
             raise ProfileError("a line lacks a node, a machine or a time", where=f"{path}:{n}", mend="write the columns node, machine, time")
-        said = row["time"].strip()
-        found.setdefault(row["node"].strip(), {})[row["machine"].strip()] = float(said) if said.replace(".", "", 1).replace("e-", "", 1).isdigit() else said
+        if machine in found.get(node, {}):
+            raise ProfileError(f"{node!r} on {machine!r} has two times", where=f"{path}:{n}", mend="keep one of them")
+        of = found.setdefault(node, {})
+        try:
+            of[machine] = float(said)
+        except ValueError:
+            of[machine] = said  # a time with its unit
     if not found:
         raise ProfileError("there are no times", where=str(path), mend="write a header node,machine,time and a line for each time")
     return found
@@ -45,6 +53,8 @@ def put(found: Sequence[Sequence[Cost]], names: Sequence[str], cluster: Cluster,
     """
     rows, marked = [list(row) for row in found], set()
     machines = {m.name for m in cluster.meshes} | {m.device.name for m in cluster.meshes}
+    if not isinstance(times, Mapping) or not all(isinstance(k, str) and isinstance(v, Mapping) for k, v in times.items()):
+        raise ProfileError("the times are no table", where="costs", mend='give {"decode/head": {"cs3": "3 ms"}}, or read a file with partition.measured.read')
     for pattern, by_machine in times.items():
         nodes = [n for n, name in enumerate(names) if name == pattern] or [n for n, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
         if not nodes:
@@ -63,6 +73,8 @@ def put(found: Sequence[Sequence[Cost]], names: Sequence[str], cluster: Cluster,
 
 def _seconds(said: float | str, where: str) -> float:
     try:
+        if isinstance(said, bool):
+            raise ValueError("it is no number")
         time = units.parse(said, "time") if isinstance(said, str) else float(said)
     except (TypeError, ValueError) as error:
         raise ProfileError(f"the time is none: {error}", where=where, mend='write seconds, or a time with its unit, as "1.2 ms"') from None

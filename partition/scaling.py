@@ -121,17 +121,20 @@ def _alike(made: Plan, shapes: Sequence[tuple[Any, ...]]) -> dict[int, object]:
 
 def _polynomials(of: Callable[..., Any], names: Sequence[str], sizes: Mapping[str, int]) -> tuple[Program, int, list[tuple[Any, ...]]]:
     """(program at the sizes, number of traces, for each tensor and dimension its coefficients over the products of sizes)."""
-    primes = (5, 7, 11, 13, 17, 19, 23, 29)
-    corners = [dict(zip(names, (primes[2 * i + bit] for i, bit in enumerate(bits)), strict=True)) for bits in itertools.product((0, 1), repeat=len(names))]
-    checks = [{n: 31 + 6 * i for i, n in enumerate(names)}, dict(sizes)]
+    # near the plan's own sizes, so that programs which choose by size choose alike
+    corners = [{n: sizes[n] + bit * (3 + 2 * i) for i, (n, bit) in enumerate(zip(names, bits, strict=True))} for bits in itertools.product((0, 1), repeat=len(names))]
+    checks = [{n: 2 * sizes[n] + 1 + i for i, n in enumerate(names)}, dict(sizes)]
     programs = []
     for at in [*corners, *checks]:
         fn, args = of(**at)
         programs.append(fn if isinstance(fn, Program) else trace(fn, *args))
     said = [[(op.primitive, op.inputs, op.outputs) for op in p.graph.walk()] for p in programs]
-    if any(s != said[-1] for s in said):
-        n = next(i for i, s in enumerate(said) if s != said[-1])
-        raise TraceError("the programs differ by more than their sizes", where=f"at {[*corners, *checks][n]} and {dict(sizes)}", mend="make a program whose ops do not depend on the sizes")
+    for at, ops in zip([*corners, *checks], said, strict=True):
+        if ops != said[-1]:
+            k = next((i for i, (a, b) in enumerate(zip(ops, said[-1], strict=False)) if a != b), min(len(ops), len(said[-1])))
+            one, other = (o[k][0] if k < len(o) else "nothing" for o in (ops, said[-1]))
+            raise TraceError(f"the programs differ by more than their sizes: op {k} is {one} and {other}", where=f"at {at} and {dict(sizes)}",
+                             mend="make a program whose ops do not depend on the sizes")  # fmt: skip
     basis = np.array([_products(names, at) for at in corners], float)
     found: list[tuple[Any, ...]] = []
     for t, tensor in enumerate(programs[-1].graph.tensors):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from partition import profiles
 from partition.costs import Contraction, cost
-from partition.costs.contraction import attentions, contraction, scores
+from partition.costs.contraction import attentions, contraction, derived, scores
 from partition.costs.streaming import attention, matmul
 from partition.hardware import Mesh
 from partition.program import trace
@@ -79,6 +79,55 @@ def attend(w: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(s, -1), v).reshape(*q.shape[:2], -1) @ w
 
 
+FORMS = {  # einsum of queries with keys, of scores with values, the order of a query's dimensions
+    "plain": ("btkgd,bskd->bkgts", "bkgts,bskd->btkgd"), "keys first": ("bskd,btkgd->bkgst", "bkgst,bskd->btkgd"), "heads first": ("bkgtd,bksd->bkgts", "bkgts,bksd->bkgtd"),
+    "many queries": ("btkgd,bskd->bkgts", "bkgts,bskd->btkgd"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("tokens", "keys", "group"), [(256, 1025, 4), (256, 4096, 4), (1, 64, 128), (1, 512, 128), (1024, 128, 2), (4, 16, 4), (16, 64, 4)])
+def test_tokens_group_and_keys_are_told_apart(form: str, tokens: int, keys: int, group: int) -> None:
+    spec = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    score, value = FORMS[form]
+    axes = dict(b=2, t=tokens, s=keys, k=3, g=group, d=8)
+    terms, seconds = score.split("->")[0].split(","), value.split("->")[0].split(",")
+
+    def fn(w: Any, x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        order = next(t for t in terms if "t" in t)
+        q = (x @ w).reshape(2, tokens, 3, group, 8)
+        q = jnp.transpose(q, ["btkgd".index(a) for a in order])
+        s = jnp.einsum(score, *((q, k) if "t" in terms[0] else (k, q)))
+        return jnp.einsum(value, jax.nn.softmax(s, -1 if "ts" in score.split("->")[1] else -2), v)
+
+    cache = [spec(*(axes[a] for a in next(t for t in (terms if n == 0 else seconds) if "t" not in t))) for n in (0, 1)]
+    program = trace(fn, spec(16, 3 * group * 8), spec(2, tokens, 16), *cache)
+    weights = {program.graph.inputs[0]}
+    pairs = attentions(program.graph, derived(program.graph, weights))
+    (begin,) = {p.first for p in pairs.values()}
+    found = scores(program.op[begin], program.graph.tensors, weights, (), 1, pairs[begin])
+    assert (found.batch, found.rows, found.group, found.columns, found.masked) == (6, tokens, group, keys, False)
+
+
+def test_a_learned_bias_is_no_mask_and_a_reshaped_weight_is_a_weight() -> None:
+    spec = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+
+    def fn(w: Any, x: jax.Array) -> jax.Array:
+        q, k = x @ w["q"], x @ w["k"].reshape(16, 16)
+        s = jnp.einsum("btd,bsd->bts", q, k)
+        return jnp.einsum("bts,bsd->btd", jax.nn.softmax(s + w["bias"], -1), k)
+
+    def hidden(w: Any, x: jax.Array) -> jax.Array:
+        q, k = x @ w["q"], x @ w["k"].reshape(16, 16)
+        s = jnp.einsum("btd,bsd->bts", q, k)
+        return jnp.einsum("bts,bsd->btd", jax.nn.softmax(s + jnp.where(jnp.arange(64) <= jnp.arange(64)[:, None], 0.0, -1e9), -1), k)
+
+    for call, masked in ((fn, False), (hidden, True)):
+        program = trace(call, {"q": spec(16, 16), "k": spec(256), "bias": spec(64, 64)}, spec(2, 64, 16))
+        pairs = attentions(program.graph, derived(program.graph, set(program.graph.inputs[:-1])))
+        assert len(pairs) == 2 and {p.masked for p in pairs.values()} == {masked}
+
+
 @pytest.mark.parametrize(("tokens", "keys"), [(T, T), (1, T), (1, 2 * T)])
 def test_an_attention_is_found_in_the_traced_program(tokens: int, keys: int) -> None:
     spec = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
@@ -86,8 +135,8 @@ def test_an_attention_is_found_in_the_traced_program(tokens: int, keys: int) -> 
     graph, weights = program.graph, {program.graph.inputs[0]}
     dots = [op for op in graph.walk() if op.primitive == "dot_general"]
     pairs = attentions(graph, weights)
-    assert set(pairs) == {d.id for d in dots[:2]} and {p[0] for p in pairs.values()} == {dots[0].id}
-    found = scores(dots[0], graph.tensors, weights, (), 1, pairs[dots[0].id][1])
+    assert set(pairs) == {d.id for d in dots[:2]} and {p.first for p in pairs.values()} == {dots[0].id}
+    found = scores(dots[0], graph.tensors, weights, (), 1, pairs[dots[0].id])
     assert (found.batch, found.group, found.rows, found.columns, found.inner) == (B * K, G, tokens, keys, D)
     assert found.masked == (tokens > 1) and found.attention
     last = contraction(dots[2], graph.tensors, weights, (), 1)

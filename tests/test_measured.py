@@ -44,7 +44,8 @@ def test_measured_times_stay_on_another_cluster() -> None:
     [
         ({"decode/hat": {"cs3": 1.0}}, NameUnknownError, "did you mean 'decode/head'"), ({"decode/head": {"cs4": 1.0}}, NameUnknownError, "mesh or device"),
         ({"decode/head": {"cs3": "3 miles"}}, ProfileError, "units of a time"), ({"decode/head": {"cs3": -1.0}}, ProfileError, "no time"),
-        ({"decode/head": {"cs3": float("nan")}}, ProfileError, "no time"),
+        ({"decode/head": {"cs3": float("nan")}}, ProfileError, "no time"), ({"decode/head": {"cs3": True}}, ProfileError, "no number"),
+        ({"*": 5}, ProfileError, "no table"), ([1], ProfileError, "no table"),
     ],
 )  # fmt: skip
 def test_wrong_tables_are_refused(costs: object, error: type[Exception], says: str) -> None:
@@ -58,7 +59,9 @@ def test_a_table_is_read_from_a_file(tmp_path: Path) -> None:
     assert read(path) == {"decode/head": {"cs3": "3 ms"}, "prefill/*": {"trn2": 0.25, "cs3": 1e-3}}
     shown = CliRunner().invoke(app, ["plan", "tiny", "--prompt", "16", "--new-tokens", "4", "--costs", str(path)])
     assert shown.exit_code == 0 and "measured" in shown.output
-    for text, says in (("node,machine\na,b\n", "lacks"), ("node,machine,time\n", "no times"), ("node,machine,time\na,,1\n", "times.csv:2")):
+    path.write_text("\ufeffNode, Machine, Time\ndecode/head, cs3, 1E-3\n", encoding="utf-8")
+    assert read(path) == {"decode/head": {"cs3": 1e-3}}
+    for text, says in (("node,machine,time\na,b,1\na,b,2\n", "two times"), ("node,machine\na,b\n", "lacks"), ("node,machine,time\n", "no times"), ("node,machine,time\na,,1\n", "times.csv:2")):
         path.write_text(text)
         with pytest.raises(ProfileError) as caught:
             read(path)

@@ -16,7 +16,7 @@ import numpy as np
 
 from partition.collectives import collective
 from partition.costs import region, streaming, systolic
-from partition.costs.contraction import Contraction, attentions, contraction, scores
+from partition.costs.contraction import Contraction, attentions, contraction, derived, scores
 from partition.costs.cost import Cost, peak
 from partition.costs.request import Request, written
 from partition.graph import Graph, Op, bodies, roots
@@ -79,7 +79,7 @@ def costs(
     memo: dict[object, Cost] = {}
     shaped = mesh.device.systolic is not None or mesh.device.streaming is not None
     top = weights_of(graph)
-    held = top | {inner for inner, root in roots(graph).items() if root in top}
+    held = derived(graph, top | {inner for inner, root in roots(graph).items() if root in top})
     asked, chip = request or Request(), mesh.device.systolic
     pairs = attentions(graph, held) if shaped or asked.written else {}
     halves = {op.id: op for op in graph.walk() if op.id in pairs} if pairs else {}
@@ -94,9 +94,8 @@ def costs(
 
     def shape(op: Op, g: Graph, ways: float) -> Contraction | None:
         if op.id in pairs:
-            other, masked = pairs[op.id]
-            begin = halves[other]
-            return scores(begin, g.tensors, held, layout.along.get(begin.id, ()), layout.ways.get(begin.id, 1), masked)
+            begin = halves[pairs[op.id].first]
+            return scores(begin, g.tensors, held, layout.along.get(begin.id, ()), layout.ways.get(begin.id, 1), pairs[op.id])
         return contraction(op, g.tensors, held, layout.along.get(op.id, ()), ways) if shaped and op.primitive == "dot_general" else None
 
     def price(op: Op, g: Graph) -> Cost:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from partition.graph import Graph, Op, Tensor, bodies, itemsize
-from partition.sharding.factors import Factors, factors
+from partition.graph import Graph, Op, Role, Tensor, bodies, itemsize, operands
+from partition.sharding.factors import factors
 from partition.symbols import first
 from partition.work import FUSED
 
@@ -42,22 +42,28 @@ class Contraction:
     masked: bool = False
 
 
-def attentions(graph: Graph, weights: Collection[int]) -> dict[int, tuple[int, bool]]:
-    """Op id of either half of an attention -> (op id of the first half, whether its scores are masked), all levels."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Half:
+    """What one half of an attention belongs to: the op id of the first half, the key positions, the query tokens of a forward (0: unknown), a mask."""
+
+    first: int
+    keys: Any
+    tokens: Any
+    masked: bool
+
+
+def derived(graph: Graph, weights: Collection[int]) -> set[int]:
+    """Weights, and what ops that ride along make of them alone (a reshape, another dtype, a slice), all levels."""
     import partition.rules  # noqa: F401  (the rules say which ops ride along)
 
-    found: dict[int, tuple[int, bool]] = {}
+    found = set(weights)
 
     def level(g: Graph) -> None:
-        users: dict[int, list[Op]] = {}
         for op in g.ops:
-            for t in op.inputs:
-                users.setdefault(t, []).append(op)
-        for op in g.ops:
-            if op.primitive == "dot_general" and op.id not in found and not any(t in weights for t in op.inputs):
-                second, masked = _second(op, users, g.tensors, weights)
-                if second is not None and second.id not in found:
-                    found[op.id] = found[second.id] = (op.id, masked)
+            given = [t for t in op.inputs if g.tensors[t].role is not Role.LITERAL]
+            if op.primitive in FUSED and any(t in found for t in given) and all(t in found or not g.tensors[t].shape for t in given):
+                found.update(op.outputs)
+            found.update(inner for inner, outer in operands(op) if outer in found)
             for body in bodies(op):
                 level(body)
 
@@ -65,20 +71,76 @@ def attentions(graph: Graph, weights: Collection[int]) -> dict[int, tuple[int, b
     return found
 
 
-def _second(op: Op, users: Mapping[int, list[Op]], tensors: Sequence[Tensor], weights: Collection[int]) -> tuple[Op | None, bool]:
-    """The contraction that the scores of `op` reach with their size, and whether one op on the way hides some."""
+def attentions(graph: Graph, weights: Collection[int]) -> dict[int, Half]:
+    """Op id of either half of an attention -> what it belongs to, all levels. weights: as `derived` gives them."""
+    import partition.rules  # noqa: F401
+
+    found: dict[int, Half] = {}
+
+    def level(g: Graph, tokens: Any) -> None:
+        users: dict[int, list[Op]] = {}
+        for op in g.ops:
+            for t in op.inputs:
+                users.setdefault(t, []).append(op)
+        dots = [op for op in g.ops if op.primitive == "dot_general"]
+        tokens = next((n for op in dots if (n := _tokens(op, g.tensors, weights)) is not None), tokens)
+        for op in dots:
+            if op.id not in found and not any(t in weights for t in op.inputs):
+                second, side, masked = _second(op, g, users, weights)
+                if second is not None:
+                    contract = second.params["dimension_numbers"][0][side]
+                    keys = math.prod(g.tensors[second.inputs[side]].shape[d] for d in contract)
+                    found[op.id] = Half(op.id, keys, tokens, masked)
+                    found.setdefault(second.id, found[op.id])
+        for op in g.ops:
+            for body in bodies(op):
+                level(body, tokens)
+
+    level(graph, 0)
+    return found
+
+
+def _tokens(op: Op, tensors: Sequence[Tensor], weights: Collection[int]) -> Any:
+    """The tokens of a forward, as the last dimension of its own of an activation [batch, tokens, width] that meets a weight; None for other ops."""
+    held = [t in weights for t in op.inputs[:2]]
+    if held.count(True) != 1:
+        return None
+    i = held.index(False)
+    contract, batch = op.params["dimension_numbers"]
+    own = [n for d, n in enumerate(tensors[op.inputs[i]].shape) if d not in (*contract[i], *batch[i])]
+    return own[-1] if len(own) > 1 else 1 if own else None
+
+
+def _second(op: Op, g: Graph, users: Mapping[int, list[Op]], weights: Collection[int]) -> tuple[Op | None, int, bool]:
+    """The contraction that the scores of `op` reach with their size, as which of its operands, and whether an op on the way hides some."""
+    tensors = g.tensors
     size, queue, seen, masked = first(tensors[op.outputs[0]].size), list(op.outputs), set[int](), False
     while queue and len(seen) < _FAR:
-        for user in users.get(queue.pop(0), ()):
+        t = queue.pop(0)
+        for user in users.get(t, ()):
             if user.id in seen:
                 continue
             seen.add(user.id)
-            if user.primitive == "dot_general" and not any(t in weights for t in user.inputs):
-                return user, masked
+            if user.primitive == "dot_general" and not any(i in weights for i in user.inputs):
+                return user, user.inputs.index(t), masked
             if user.primitive in FUSED and first(tensors[user.outputs[0]].size) == size:
-                masked |= user.primitive in ("select_n", "add")
+                others = [i for i in user.inputs if i != t]
+                masked |= user.primitive == "select_n" or (user.primitive == "add" and not any(_learned(i, g, weights) for i in others))
                 queue += user.outputs
-    return None, masked
+    return None, 0, False
+
+
+def _learned(t: int, g: Graph, weights: Collection[int]) -> bool:
+    """Whether a tensor is computed from weights, or comes from another level: a bias, no mask."""
+    queue, seen = [t], set[int]()
+    while queue and len(seen) < _FAR:
+        t = queue.pop()
+        if t in weights:
+            return True
+        if (op := g.producer.get(t)) is not None and op.id not in seen:
+            seen.add(op.id)
+            queue += op.inputs
+    return False
 
 
 def contraction(op: Op, tensors: Sequence[Tensor], weights: Collection[int], along: Sequence[int], ways: float) -> Contraction:
@@ -92,8 +154,7 @@ def contraction(op: Op, tensors: Sequence[Tensor], weights: Collection[int], alo
     sides = [[f for fs in rule.ins[i] for f in fs if f not in rule.batch and f not in rule.summed] for i in (0, 1)]
     a, b = (math.prod(sizes[f] for f in side) for side in sides)
     held = [t in weights for t in op.inputs[:2]]
-    swap = held == [True, False] or (held[0] == held[1] and _keys_first(rule, sides))
-    rows, columns = (b, a) if swap else (a, b)
+    rows, columns = (b, a) if held == [True, False] else (a, b)
     mine = [f for f in along if f in rule.batch]
     return Contraction(
         batch=math.prod(sizes[f] for f in rule.batch), rows=rows, columns=columns, inner=math.prod(sizes[f] for f in rule.summed),
@@ -101,21 +162,18 @@ def contraction(op: Op, tensors: Sequence[Tensor], weights: Collection[int], alo
     )  # fmt: skip
 
 
-def _keys_first(rule: Factors, sides: Sequence[Sequence[int]]) -> bool:
-    """Whether the first operand holds the keys: it has one dimension of its own, the other more; or the longer one."""
-    counts = [sum(1 for f in side if first(rule.sizes[f]) > 1) for side in sides]
-    longest = [max((first(rule.sizes[f]) for f in side), default=1) for side in sides]
-    return counts[0] < counts[1] if min(counts) >= 1 and counts[0] != counts[1] else longest[0] > longest[1]
-
-
-def scores(op: Op, tensors: Sequence[Tensor], weights: Collection[int], along: Sequence[int], ways: float, masked: bool) -> Contraction:
+def scores(op: Op, tensors: Sequence[Tensor], weights: Collection[int], along: Sequence[int], ways: float, half: Half) -> Contraction:
     """The attention whose first half is `op`, as one device has it."""
     whole, rule = contraction(op, tensors, weights, along, ways), factors(op, tensors)
-    sides = [[f for fs in rule.ins[i] for f in fs if f not in rule.batch and f not in rule.summed] for i in (0, 1)]
-    own = sorted((rule.sizes[f] for f in (sides[1] if _keys_first(rule, sides) else sides[0])), key=first) or [1]
-    tokens = own[-1] if first(own[-1]) > 256 or first(own[-1] * 4) >= first(whole.columns) else own[0]  # many, or as many as keys: tokens; else heads that share a key
-    group = math.prod(own) / tokens
-    left = math.prod(own) / np.maximum(whole.rows, 1e-9)  # what splitting took of the queries: heads before tokens
+    sides = [[rule.sizes[f] for fs in rule.ins[i] for f in fs if f not in rule.batch and f not in rule.summed] for i in (0, 1)]
+    match = [first(math.prod(side)) == first(half.keys) for side in sides]
+    keys_first = match[0] and (not match[1] or len(sides[0]) < len(sides[1]))  # where both are as many, the keys are one dimension
+    rows, columns = (whole.columns, whole.rows) if keys_first else (whole.rows, whole.columns)
+    queries = math.prod(sides[1] if keys_first else sides[0])
+    known = first(half.tokens) and first(queries) % first(half.tokens) == 0
+    tokens = half.tokens if known else max(sides[1] if keys_first else sides[0], key=first, default=1)
+    group = queries / tokens
+    left = queries / np.maximum(rows, 1e-9)  # what splitting took of the queries: heads before tokens
     taken = np.minimum(left, group)
     heads = math.prod(rule.sizes[f] for f in along) / ways if along and along[0] in rule.batch else whole.batch * group
-    return dataclasses.replace(whole, rows=tokens * taken / left, group=group / taken, heads=heads, attention=True, masked=masked)
+    return dataclasses.replace(whole, rows=tokens * taken / left, columns=columns, group=group / taken, heads=heads, attention=True, masked=half.masked)

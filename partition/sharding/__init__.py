@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from partition.graph import Graph, bodies, weights
+from partition.graph import Graph, bodies, roots, weights
 from partition.sharding.factors import factors
 from partition.sharding.pieces import Pieces, Split
 from partition.sharding.search import Collective, Search, Terms
@@ -26,7 +26,7 @@ class Layout:
     """tensors: tensor id -> its split (absent: whole on each device). ways: op id -> over how many devices its work is spread.
 
     along: op id -> the factors along which it is split (see `factors.py`). collectives: op id -> (kind, bytes of the whole tensor,
-    devices) of what it waits for. exact: whether the search dropped nothing.
+    devices) of what it waits for. exact: whether the search dropped no state; it still takes each loop by itself, and a whole tensor to be cut for nothing.
     """
 
     degree: int
@@ -71,7 +71,7 @@ def layout(
         weight *= 100  # the weights do not fit as they lie: a byte held costs more
 
 
-_LIGHT, _HEAVY = 1e-15, 1e-8
+_LIGHT, _HEAVY = 1e-13, 1e-8
 """Seconds that the search pays for a byte held: enough to choose between what is equally fast; and where it gives up."""
 
 
@@ -109,7 +109,8 @@ def narrowed(wide: Layout, graph: Graph, degree: int) -> Layout:
 
 def parallelism(made: Layout, graph: Graph) -> Counter[str]:
     """How many contractions with weights are split along columns or rows ("tensor"), tokens ("sequence"), experts ("expert"), or not ("none")."""
-    held, kinds = weights(graph), Counter[str]()
+    top, kinds = weights(graph), Counter[str]()
+    held = top | {inner for inner, root in roots(graph).items() if root in top}
     for op in graph.walk():
         if op.primitive in ("dot_general", "ragged_dot_general") and not bodies(op):
             sides = [i for i, t in enumerate(op.inputs[:2]) if t in held]
