@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape, quoteattr
 
 from partition.phases import Phase
+from partition.sharding import parallelism
 from partition.tables import table
 from partition.timeline import Timeline, schedule
 from partition.units import dollars, flops, rate, seconds, size
@@ -106,6 +107,19 @@ def memory_table(plan: Plan) -> str:
     return table("Memory", ("mesh", "held", "usable", "full"), lines)
 
 
+def sharding_text(plan: Plan) -> str:
+    """How the contractions with weights are split inside each mesh that is used, a line a mesh; nothing for a loaded plan."""
+    p = plan.problem
+    if p.phases is None or p.cluster is None:
+        return ""
+    lines = []
+    for m, mesh in enumerate(p.cluster.meshes):
+        if mesh.ways > 1 and plan.estimate.busy[m] > 0:
+            kinds = parallelism(p.layouts[m], p.phases.program.graph)
+            lines.append(f"{mesh.name} splits {mesh.ways} ways: " + ", ".join(f"{n} contractions with weights {kind}" for kind, n in sorted(kinds.items())))
+    return "\n".join(lines)
+
+
 def headline(plan: Plan) -> str:
     """What a plan gives, in a line, and how far it may be from the best."""
     e = plan.estimate
@@ -129,7 +143,7 @@ def band_text(plan: Plan) -> str:
 def text(plan: Plan) -> str:
     """A plan on one screen."""
     own = f"\n{len(plan.problem.measured)} of {plan.problem.seconds.size} times of nodes on meshes are measured, not modelled" if plan.problem.measured else ""
-    return "\n\n".join([headline(plan) + own + band_text(plan), stage_table(plan), link_table(plan), memory_table(plan)])
+    return "\n\n".join([headline(plan) + own + band_text(plan), *filter(None, [stage_table(plan), sharding_text(plan), link_table(plan), memory_table(plan)])])
 
 
 def alternatives_table(answer: Answer) -> str:

@@ -220,3 +220,11 @@ def test_the_parallelism_of_a_layout_has_a_name() -> None:
     program = prefill("tiny")
     assert parallelism(tensor(program, 2), program.graph)["tensor"] == 3 * 7 + 1
     assert parallelism(layout(program.graph, 2, None, lambda *_: 1.0), program.graph)["tensor"] <= 1  # the head alone: who waits for its result?
+
+
+def test_a_plan_says_how_its_meshes_are_split() -> None:
+    import partition as pt
+
+    fn, args = llama.generation("tiny", prompt=PROMPT, new_tokens=8, seed=0, layers="scanned")
+    plan = pt.plan(fn, args, cluster="trn2_efa_cs3", sharding="tensor")
+    assert "trn2 splits 64 ways: " in str(plan) and "contractions with weights tensor" in str(plan)
