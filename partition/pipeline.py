@@ -45,7 +45,7 @@ FORMAT = 2
 class Plan:
     """A placement with all that led to it. `timings` [s] by pass; `how` says how the phases were found; `versions` of what made it.
 
-    table, saved_ends: the stage table and the ends of the band of a plan that was loaded, which has no ops to make them from.
+    table, saved_ends, saved_splits: the stage table, the ends of the band and how meshes are split of a plan that was loaded, which has no ops to make them from.
     """
 
     title: str
@@ -60,6 +60,7 @@ class Plan:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     table: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), repr=False)
     saved_ends: tuple[Mapping[str, float], ...] = dataclasses.field(default=(), repr=False)
+    saved_splits: str = dataclasses.field(default="", repr=False)
 
     @property
     def gap(self) -> float:
@@ -319,8 +320,14 @@ def to_json(made: Plan) -> dict[str, Any]:
             "flows": [dataclasses.asdict(f) for f in p.flows], "residents": [dataclasses.asdict(r) for r in p.residents],
             "workload": dataclasses.asdict(p.workload), "objective": p.objective, "pins": {str(k): v for k, v in p.pins.items()},
         },
-        "stages": [dataclasses.asdict(row) for row in _rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
+        "splits": _splits(made), "stages": [dataclasses.asdict(row) for row in _rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
     }  # fmt: skip
+
+
+def _splits(made: Plan) -> str:
+    from partition.reporting import sharding_text
+
+    return sharding_text(made)
 
 
 def _rows(made: Plan) -> list[Any]:
@@ -357,4 +364,4 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     placement = verify(problem, Placement(mesh=np.array(raw["placement"]["mesh"]), also=also, problem=problem))
     return Plan(title=raw["title"], cluster=raw["cluster"], policy=raw["policy"], problem=problem, placement=placement,
                 estimate=evaluate(problem, placement), bound=Bound(**raw["bound"]), how=tuple(raw["how"]), timings=raw["timings"],
-                versions=raw["versions"], table=tuple(raw["stages"]), saved_ends=tuple(raw["band"]))  # fmt: skip
+                versions=raw["versions"], table=tuple(raw["stages"]), saved_ends=tuple(raw["band"]), saved_splits=str(raw["splits"]))  # fmt: skip

@@ -108,10 +108,10 @@ def memory_table(plan: Plan) -> str:
 
 
 def sharding_text(plan: Plan) -> str:
-    """How the contractions with weights are split inside each mesh that is used, a line a mesh; nothing for a loaded plan."""
+    """How the contractions with weights are split inside each mesh that is used, a line a mesh."""
     p = plan.problem
     if p.phases is None or p.cluster is None:
-        return ""
+        return plan.saved_splits
     lines = []
     for m, mesh in enumerate(p.cluster.meshes):
         if mesh.ways > 1 and plan.estimate.busy[m] > 0:
