@@ -136,7 +136,7 @@ class Runner:
     def sharding(self, value: Value, mesh: int) -> NamedSharding:
         """How a value lies on a mesh."""
         split = self.layouts[mesh].tensors.get(value[0])
-        return NamedSharding(self.meshes[mesh], _spec(self.meshes[mesh], split, self.lowered.avals[value[0]].shape if value[1] is None else (0, *self.lowered.avals[value[0]].shape[1:])))
+        return NamedSharding(self.meshes[mesh], _spec(self.meshes[mesh], split, _jax.slice_aval(self.lowered.avals[value[0]], value[1]).shape))
 
     def _compile(self, progress: Callable[[str], None] | None) -> None:
         seen: dict[Any, Callable[..., Any]] = {}

@@ -208,6 +208,12 @@ def weights(graph: Graph) -> set[int]:
     return {t.id for t in graph.tensors if t.role is Role.CONST and t.shape and "float" in t.dtype}
 
 
+def held(graph: Graph) -> set[int]:
+    """The weights of a program, and the tensors inside bodies that are one of them or a slice of one."""
+    top = weights(graph)
+    return top | {inner for inner, root in roots(graph).items() if root in top}
+
+
 def entries(op: Op) -> Iterator[tuple[int, int]]:
     """(tensor inside, tensor outside) for every operand of an op with bodies, what a carry starts from included."""
     yield from operands(op)

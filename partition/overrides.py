@@ -28,11 +28,15 @@ def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Quantity]]
             yield from numbers(held, f"{prefix}{field.name}.")
 
 
+def _links(cluster: Cluster) -> list[Link]:
+    """The fabrics and the links of a cluster, each name once."""
+    return list({link.name: link for link in [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]}.values())
+
+
 def quantities(cluster: Cluster) -> Iterator[tuple[str, str, Quantity]]:
     """(name, dimension, number) of everything in a cluster that `Cluster.replace` can set, each once."""
     devices = {m.device.name: m.device for m in cluster.meshes}
-    links = {link.name: link for link in [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]}
-    values: list[Device | Link] = [*devices.values(), *links.values()]
+    values: list[Device | Link] = [*devices.values(), *_links(cluster)]
     for value in values:
         yield from ((f"{value.name}.{field}", dimension, q) for field, dimension, q in numbers(value))
     for field, dimension in _EDGE.items():
@@ -43,8 +47,7 @@ def replaced(cluster: Cluster, values: Mapping[str, str | float]) -> Cluster:
     """A cluster with numbers set by name. Raises ProfileError, NameUnknownError."""
     known = {name: dimension for name, dimension, _ in quantities(cluster)}
     known |= {f"{e.link.name}.{field}": dimension for e in cluster.edges for field, dimension in _EDGE.items()} | {f"{m.name}.count": "" for m in cluster.meshes}
-    links = {link.name: link for link in [m.fabric for m in cluster.meshes if m.fabric is not None] + [e.link for e in cluster.edges]}
-    known |= {f"{name}.{f.name}": f.metadata["dimension"] for name, link in links.items() for f in dataclasses.fields(link) if "dimension" in f.metadata}
+    known |= {f"{link.name}.{f.name}": f.metadata["dimension"] for link in _links(cluster) for f in dataclasses.fields(link) if "dimension" in f.metadata}
     for name, said in values.items():
         if name not in known:
             raise NameUnknownError.among("number of this cluster", name, known, where=f"cluster {cluster.name!r}")

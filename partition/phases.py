@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from partition.errors import NameUnknownError, PhaseError
-from partition.graph import Graph, Op, Role, bodies, roots, to_nx, uncollected, weights
+from partition.graph import Graph, Op, Role, bodies, held, to_nx, uncollected, weights
 from partition.loops import Finding, batch_of, find_token_loop, written
 from partition.passes import dependents, passes
 
@@ -258,5 +258,4 @@ def _loop_handoff(graph: Graph, token_loops: Sequence[Op], of: Mapping[int, Phas
 
 def is_weight(program: Program) -> frozenset[int]:
     """Tensor ids that are weights, or slices of weights inside a body."""
-    params = weights(program.graph)
-    return frozenset(params | {inner for inner, outer in roots(program.graph).items() if outer in params})
+    return frozenset(held(program.graph))

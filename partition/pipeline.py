@@ -305,6 +305,8 @@ _ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "b
 
 def to_json(made: Plan) -> dict[str, Any]:
     """A plan as plain values."""
+    from partition.reporting import rows, sharding_text
+
     p, e = made.problem, made.estimate
     numbers = {name: np.where(np.isfinite(getattr(p, name)), getattr(p, name), -1).tolist() for name in _ARRAYS}
     return {
@@ -320,20 +322,8 @@ def to_json(made: Plan) -> dict[str, Any]:
             "flows": [dataclasses.asdict(f) for f in p.flows], "residents": [dataclasses.asdict(r) for r in p.residents],
             "workload": dataclasses.asdict(p.workload), "objective": p.objective, "pins": {str(k): v for k, v in p.pins.items()},
         },
-        "splits": _splits(made), "stages": [dataclasses.asdict(row) for row in _rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
+        "splits": sharding_text(made), "stages": [dataclasses.asdict(row) for row in rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
     }  # fmt: skip
-
-
-def _splits(made: Plan) -> str:
-    from partition.reporting import sharding_text
-
-    return sharding_text(made)
-
-
-def _rows(made: Plan) -> list[Any]:
-    from partition.reporting import rows
-
-    return rows(made)
 
 
 def _value(raw: list[Any]) -> Any:

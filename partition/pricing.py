@@ -24,17 +24,26 @@ Table = tuple[tuple[Cost, ...], ...]
 """Costs [n][m]: of one run of node n on mesh m."""
 
 
+_FOR_WEIGHTS = 0.9
+"""The share of a device's usable memory that a split may fill with weights; the rest is left to caches and activations (assumed)."""
+
+
+def _machine(mesh: Mesh) -> tuple[object, ...]:
+    """What meshes that split and cost alike have in common."""
+    return mesh.device.name, mesh.count, mesh.fabric and mesh.fabric.name
+
+
 def layouts(phases: Phases, works: Mapping[int, Work], cluster: Cluster, trips: int | None = None, *, tensor: bool = False) -> list[Layout]:
     """How each mesh of a cluster splits a program, by a search with the mesh's own times (see `sharding`); alike meshes alike."""
     graph, made = phases.program.graph, dict[tuple[object, ...], Layout]()
     for m in cluster.meshes:
-        if (key := (m.device.name, m.count, m.fabric and m.fabric.name)) not in made and m.ways == 1:
+        if (key := _machine(m)) not in made and m.ways == 1:
             made[key] = layout(graph, 1)
         elif key not in made:
             alone = op_costs(graph, works, layout(graph, 1), m, trips, layers_on(phases, cluster, m))
             wait = functools.partial(collective, fabric=m.fabric)
-            made[key] = layout(graph, m.ways, {i: c.busy for i, c in alone.items()}, wait, capacity=0.9 * m.capacity / m.ways, tensor=tensor)
-    return [made[m.device.name, m.count, m.fabric and m.fabric.name] for m in cluster.meshes]
+            made[key] = layout(graph, m.ways, {i: c.busy for i, c in alone.items()}, wait, capacity=_FOR_WEIGHTS * m.capacity / m.ways, tensor=tensor)
+    return [made[_machine(m)] for m in cluster.meshes]
 
 
 def layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
@@ -65,14 +74,14 @@ def node_costs(
     at, asked = phases.program.graph if graph is None else graph, request(phases, trips)
     if graph is not None:
         asked = dataclasses.replace(asked, batch=batch, written=written(graph, asked.prefill))
-    priced: dict[tuple[str, int], dict[int, Cost]] = {}
+    priced: dict[tuple[object, ...], dict[int, Cost]] = {}
     for m, split in zip(cluster.meshes, splits, strict=True):
-        if (key := (m.device.name, m.count)) not in priced:
+        if (key := _machine(m)) not in priced:
             if graph is not None:
                 waits = {i: tuple(_resized(c, phases.program.op[i], phases.program.graph, graph) for c in cs) for i, cs in split.collectives.items()}
                 split = dataclasses.replace(split, collectives=waits)
             priced[key] = op_costs(at, works, split, m, trips, layers_on(phases, cluster, m), request=asked, alike=alike)
-    return _served(_by_node(blocks, [priced[m.device.name, m.count] for m in cluster.meshes], alike), blocks, cluster)
+    return _served(_by_node(blocks, [priced[_machine(m)] for m in cluster.meshes], alike), blocks, cluster)
 
 
 def _served(found: Table, blocks: Sequence[Block], cluster: Cluster) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +62,10 @@ class Curves:
     def _some(self, sizes: Mapping[str, np.ndarray]) -> Estimate:
         """The estimate at arrays of sizes, before which the plan's own size stands, which decides."""
         graph = self.read({n: np.concatenate([[self.sizes[n]], a]) for n, a in sizes.items()})
-        problem = at_sizes(self.plan.problem, graph, work(graph, weights=_weights(self.plan), trips=self.plan.problem.trips), self.alike)
+        posed = self.plan.problem
+        assert posed.phases is not None
+        problem = at_sizes(posed, graph, work(graph, weights=is_weight(posed.phases.program), trips=posed.trips), self.alike)
         return evaluate(problem, dataclasses.replace(self.plan.placement, problem=problem))
-
-
-def _weights(made: Plan) -> frozenset[int]:
-    assert made.problem.phases is not None
-    return is_weight(made.problem.phases.program)
 
 
 def _joined(parts: Sequence[Estimate], count: int) -> Estimate:
@@ -94,17 +92,12 @@ def curves(
     """
     if isinstance(of, Program):
         made = plan(sized(of, sizes), cluster=cluster, policy=policy, **options)
-        written = _expressions(of)
-        return Curves(plan=made, names=tuple(sorted(sizes)), how="the symbols of its shapes", read=lambda s: sized(of, s).graph, alike=_alike(made, written), sizes=dict(sizes))
+        shapes = [tuple(map(str, getattr(aval, "shape", ()))) for aval in of.entry.lowered.avals]
+        return Curves(plan=made, names=tuple(sorted(sizes)), how="the symbols of its shapes", read=lambda s: sized(of, s).graph, alike=_alike(made, shapes), sizes=dict(sizes))
     names = tuple(sorted(sizes))
     program, points, found = _polynomials(of, names, sizes)
     made = plan(program, cluster=cluster, policy=policy, **options)
     return Curves(plan=made, names=names, how=f"exact polynomials from {points} traces", read=lambda s: _filled(program.graph, found, s), alike=_alike(made, found), sizes=dict(sizes))
-
-
-def _expressions(of: Program) -> list[tuple[str, ...]]:
-    """The shapes of a program's tensors as they were traced, by tensor id."""
-    return [tuple(map(str, getattr(aval, "shape", ()))) for aval in of.entry.lowered.avals]
 
 
 def _alike(made: Plan, shapes: Sequence[tuple[Any, ...]]) -> dict[int, object]:
@@ -127,7 +120,7 @@ def _polynomials(of: Callable[..., Any], names: Sequence[str], sizes: Mapping[st
     programs = []
     for at in [*corners, *checks]:
         fn, args = of(**at)
-        programs.append(fn if isinstance(fn, Program) else trace(fn, *args))
+        programs.append(trace(fn, *args))
     said = [[(op.primitive, op.inputs, op.outputs) for op in p.graph.walk()] for p in programs]
     for at, ops in zip([*corners, *checks], said, strict=True):
         if ops != said[-1]:
@@ -174,10 +167,7 @@ def _filled(graph: Graph, found: Sequence[tuple[Any, ...]], sizes: Mapping[str, 
     tensors: list[Tensor] = []
     for t, dims in zip(graph.tensors, found, strict=True):
         shape = tuple(map(dim, dims))
-        size: Any = 1
-        for n in shape:
-            size = size * n
-        tensors.append(dataclasses.replace(t, shape=shape, nbytes=size * itemsize(t.dtype)))
+        tensors.append(dataclasses.replace(t, shape=shape, nbytes=math.prod(shape) * itemsize(t.dtype)))
 
     def again(g: Graph) -> Graph:
         return Graph(ops=tuple(inside(op) for op in g.ops), inputs=g.inputs, outputs=g.outputs, tensors=tensors)

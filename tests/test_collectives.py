@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partition.collectives import collective, steps, transfer
+from partition.evaluation import Slot, evaluate
 from partition.hardware import Edge, Kind, Link, Quantity
+from tests.conftest import posed
 
 KINDS = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -65,8 +70,6 @@ def test_monotonic(kind: str, nbytes: float, n: int, alpha: float, beta: float, 
 
 def test_steps_are_those_of_the_size_and_the_topology() -> None:
     """32 devices: below 1 MB none beyond the first, to 56 MB log2 32 - 1, above as many as the way round."""
-    import dataclasses
-
     base = dataclasses.replace(link(), hop=q(1e-6), mesh_below=q(1e6), ring_above=q(56e6))
     for topology, around in {"ring": 30.0, "torus": 2 * (32**0.5 - 1) - 1, "tree": 4.0, "all_to_all": 0.0}.items():
         fabric = dataclasses.replace(base, topology=topology)
@@ -75,8 +78,6 @@ def test_steps_are_those_of_the_size_and_the_topology() -> None:
 
 
 def test_small_transfers_use_few_ports_and_the_first_is_cold() -> None:
-    import dataclasses
-
     striped = dataclasses.replace(link(), ports=q(16.0), stripe=q(2e6), cold=q(4.0))
     edge = Edge(src="a", dst="b", link=striped)
     assert transfer(1e6, edge) == pytest.approx(10e-6 + 16 * 1e6 / 100e9)  # one of 16 ports
@@ -85,8 +86,6 @@ def test_small_transfers_use_few_ports_and_the_first_is_cold() -> None:
 
 
 def test_blocks_and_gateways_take_their_time() -> None:
-    import dataclasses
-
     blocks = dataclasses.replace(link(), block=q(65536.0), block_time=q(0.76e-6))
     edge = Edge(src="a", dst="b", link=blocks, gateway=q(50e-6))
     assert transfer(65536 * 1000, edge) == pytest.approx(60e-6 + 65536 * 1000 / 100e9 + 1000 * 0.76e-6)
@@ -94,10 +93,20 @@ def test_blocks_and_gateways_take_their_time() -> None:
 
 
 def test_a_sender_has_its_ports_once() -> None:
-    """Two receivers that each take in 60 of the sender's 100 GB/s: they are not served faster than 100 together."""
-    from partition import profiles
-    from partition.problem import _links
-
-    cluster = profiles.cluster("trn2_efa_4cs3")
-    _, beta, wire, _ = _links(cluster)
-    assert wire[0, 1] > beta[0, 1] > 0 and wire[0, 1] == pytest.approx(347e9)
+    """Four wafers take in what is there at once: no faster together than the sender's ports, which are those of one wafer or of four."""
+    problem, _ = posed("trn2_efa_4cs3")
+    assert problem.wire[0, 1] == pytest.approx(347e9) and problem.wire[0, 1] > problem.beta[0, 1] > 0
+    late = [n for n in range(len(problem)) if problem.region[n] != "top"]
+    mesh = np.zeros(len(problem), int)
+    mesh[late] = 1 + np.arange(len(late)) % 4
+    sent = {}
+    for ports in (1.0, 4.0):
+        made = dataclasses.replace(problem, seconds=problem.seconds * 0, alpha=problem.alpha * 0, wire=problem.beta * ports)
+        slots: list[Slot] = []
+        evaluate(made, made.placement(mesh), record=slots)
+        leaving = [s for s in slots if s.to is not None and s.mesh == 0 and s.trip < 0]
+        assert len({s.to for s in leaving}) > 1
+        moved = sum(made.flows[s.flow].nbytes for s in leaving if s.flow is not None)
+        sent[ports] = max(s.end for s in leaving)
+        assert sent[ports] >= moved / made.wire[0, 1] * (1 - 1e-9)
+    assert sent[4.0] < sent[1.0]

@@ -92,7 +92,9 @@ def test_the_command_fits_and_reads_tables(tmp_path: Path) -> None:
     (tmp_path / "lines.toml").write_text(FIT)
     shown = CliRunner().invoke(app, ["validate", str(tmp_path), "--fit"])
     assert shown.exit_code == 0 and "held out" in shown.output
-    assert CliRunner().invoke(app, ["validate", "--device", "h100"]).exception is not None
+    for wrong, says in ((["--device", "h100"], "no folder"), ([str(tmp_path), "--device", "h100"], "no tables"), ([str(tmp_path), "--fit", "--device", "h100"], "not fitted here")):
+        refused = CliRunner().invoke(app, ["validate", *wrong])
+        assert isinstance(refused.exception, PartitionError) and says in refused.exception.what
 
 
 def test_more_cores_can_be_slower() -> None:

@@ -19,8 +19,7 @@ from partition.costs import region, streaming, systolic
 from partition.costs.contraction import Contraction, attentions, contraction, derived, scores
 from partition.costs.cost import Cost, peak
 from partition.costs.request import Request, written
-from partition.graph import Graph, Op, bodies, roots
-from partition.graph import weights as weights_of
+from partition.graph import Graph, Op, bodies, held
 from partition.hardware import Mesh
 from partition.sharding import Layout
 from partition.symbols import first
@@ -37,24 +36,26 @@ def cost(
     layers: how many layers share a wafer, which leaves each its part of the cores. shape: of a contraction, what one device has of it.
     """
     device = mesh.device
-    link = sum(collective(kind, nbytes, n, mesh.fabric) for kind, nbytes, n in collectives)
     if device.region is not None and work.contractions:
-        return _waiting(region.price(work, device.region, layers), link)
-    if shape is not None and device.systolic is not None:
-        return _waiting(systolic.price(work, shape, device, device.systolic, ways), link)
-    if shape is not None and device.streaming is not None:
-        return _waiting(streaming.price(shape, next(iter(work.flops)), device, device.streaming), link)
-    parts = mesh.ways / mesh.count  # what one of those that split an op has of a device
+        alone = region.price(work, device.region, layers)
+    elif shape is not None and device.systolic is not None:
+        alone = systolic.price(work, shape, device, device.systolic, ways)
+    elif shape is not None and device.streaming is not None:
+        alone = streaming.price(shape, next(iter(work.flops)), device, device.streaming)
+    else:
+        alone = _roofline(work, mesh, ways)
+    return dataclasses.replace(alone, link=alone.link + sum(collective(kind, nbytes, n, mesh.fabric) for kind, nbytes, n in collectives))
+
+
+def _roofline(work: Work, mesh: Mesh, ways: float) -> Cost:
+    """Arithmetic or memory, whichever takes longer, and the fixed time of a contraction."""
+    device, parts = mesh.device, mesh.ways / mesh.count  # parts: those that split an op, of one device
     compute = sum(n / peak(device, dtype) for dtype, n in work.flops.items()) / ways * parts
     memory = work.bytes / (float(device.memory.bandwidth) * float(device.memory_efficiency)) / ways * parts
-    return Cost(compute=compute, memory=memory, link=link, latency=work.contractions * float(device.contraction_latency), busy=np.maximum(compute, memory))
+    return Cost(compute=compute, memory=memory, latency=work.contractions * float(device.contraction_latency), busy=np.maximum(compute, memory))
 
 
-def _waiting(c: Cost, link: float) -> Cost:
-    return dataclasses.replace(c, link=c.link + link)
-
-
-def _served(
+def _turn(
     work: Work, made: Contraction | None, comm: Iterable[tuple[str, float, int]], weigh: Any, share: Any, padding: Any, turns: Any,
 ) -> tuple[Work, Contraction | None, tuple[tuple[str, float, int], ...]]:  # fmt: skip
     """What one turn of prefill has of an op: `share` of its tokens, padding among them, and all of the `weigh` bytes of its weights."""
@@ -78,10 +79,9 @@ def costs(
     found: dict[int, Cost] = {}
     memo: dict[object, Cost] = {}
     shaped = mesh.device.systolic is not None or mesh.device.streaming is not None
-    top = weights_of(graph)
-    held = derived(graph, top | {inner for inner, root in roots(graph).items() if root in top})
+    weights = derived(graph, held(graph))
     asked, chip = request or Request(), mesh.device.systolic
-    pairs = attentions(graph, held) if shaped or asked.written else {}
+    pairs = attentions(graph, weights) if shaped or asked.written else {}
     halves = {op.id: op for op in graph.walk() if op.id in pairs} if pairs else {}
 
     def level(g: Graph) -> Cost:
@@ -95,8 +95,8 @@ def costs(
     def shape(op: Op, g: Graph, ways: float) -> Contraction | None:
         if op.id in pairs:
             begin = halves[pairs[op.id].first]
-            return scores(begin, g.tensors, held, layout.along.get(begin.id, ()), layout.ways.get(begin.id, 1), pairs[op.id])
-        return contraction(op, g.tensors, held, layout.along.get(op.id, ()), ways) if shaped and op.primitive == "dot_general" else None
+            return scores(begin, g.tensors, weights, layout.along.get(begin.id, ()), layout.ways.get(begin.id, 1), pairs[op.id])
+        return contraction(op, g.tensors, weights, layout.along.get(op.id, ()), ways) if shaped and op.primitive == "dot_general" else None
 
     def price(op: Op, g: Graph) -> Cost:
         inside = [level(b) for b in bodies(op)]
@@ -111,8 +111,8 @@ def costs(
         key = alike[op.id] if alike is not None else (tuple(work.flops.items()), work.bytes, work.contractions, work.rows, ways, comm, made, turns, padding, used)
         if key not in memo:
             if np.any(np.greater(turns, 1)) or np.any(np.greater(padding, 1)):
-                weigh = sum(g.tensors[t].nbytes for t in op.inputs if t in held)
-                work, made, comm = _served(work, made, comm, np.minimum(weigh, work.read), padding / turns, padding, turns)
+                weigh = sum(g.tensors[t].nbytes for t in op.inputs if t in weights)
+                work, made, comm = _turn(work, made, comm, np.minimum(weigh, work.read), padding / turns, padding, turns)
             if np.any(np.less(used, 1)) and made is not None:
                 work, made = dataclasses.replace(work * used, contractions=work.contractions), dataclasses.replace(made, columns=made.columns * used)
             once = cost(work, mesh, ways=ways, collectives=comm, layers=layers, shape=made if shaped else None)

@@ -26,9 +26,8 @@ _FAR = 60
 class Contraction:
     """What one device has of it: batch matrices of [rows, inner] x [inner, columns], of elements of `width` bytes.
 
-    Of a contraction with a weight, rows are those of the activation. heads: of the batch, those that devices or cores share. attention:
-    rows are query tokens, columns key positions, inner the width of a head, group the query heads that share a key, masked whether some
-    scores are hidden.
+    Of a contraction with a weight, rows are those of the activation. attention: rows are query tokens, columns key positions, inner the
+    width of a head, group the query heads that share a key, masked whether some scores are hidden.
     """
 
     batch: Any
@@ -36,7 +35,6 @@ class Contraction:
     inner: Any
     columns: Any
     width: float
-    heads: Any = 1
     group: Any = 1
     attention: bool = False
     masked: bool = False
@@ -151,21 +149,19 @@ def contraction(op: Op, tensors: Sequence[Tensor], weights: Collection[int], alo
     for f in along:
         take = np.minimum(left, np.maximum(sizes[f], 1))
         sizes[f], left = sizes[f] / take, left / take
-    sides = [[f for fs in rule.ins[i] for f in fs if f not in rule.batch and f not in rule.summed] for i in (0, 1)]
-    a, b = (math.prod(sizes[f] for f in side) for side in sides)
+    a, b = (math.prod(sizes[f] for f in rule.own(i)) for i in (0, 1))
     held = [t in weights for t in op.inputs[:2]]
     rows, columns = (b, a) if held == [True, False] else (a, b)
-    mine = [f for f in along if f in rule.batch]
     return Contraction(
         batch=math.prod(sizes[f] for f in rule.batch), rows=rows, columns=columns, inner=math.prod(sizes[f] for f in rule.summed),
-        width=itemsize(tensors[op.inputs[0]].dtype), heads=math.prod(sizes[f] for f in mine) if mine else 1,
+        width=itemsize(tensors[op.inputs[0]].dtype),
     )  # fmt: skip
 
 
 def scores(op: Op, tensors: Sequence[Tensor], weights: Collection[int], along: Sequence[int], ways: float, half: Half) -> Contraction:
     """The attention whose first half is `op`, as one device has it."""
     whole, rule = contraction(op, tensors, weights, along, ways), factors(op, tensors)
-    sides = [[rule.sizes[f] for fs in rule.ins[i] for f in fs if f not in rule.batch and f not in rule.summed] for i in (0, 1)]
+    sides = [[rule.sizes[f] for f in rule.own(i)] for i in (0, 1)]
     match = [first(math.prod(side)) == first(half.keys) for side in sides]
     keys_first = match[0] and (not match[1] or len(sides[0]) < len(sides[1]))  # where both are as many, the keys are one dimension
     rows, columns = (whole.columns, whole.rows) if keys_first else (whole.rows, whole.columns)
@@ -175,5 +171,4 @@ def scores(op: Op, tensors: Sequence[Tensor], weights: Collection[int], along: S
     group = queries / tokens
     left = queries / np.maximum(rows, 1e-9)  # what splitting took of the queries: heads before tokens
     taken = np.minimum(left, group)
-    heads = math.prod(rule.sizes[f] for f in along) / ways if along and along[0] in rule.batch else whole.batch * group
-    return dataclasses.replace(whole, rows=tokens * taken / left, columns=columns, group=group / taken, heads=heads, attention=True, masked=half.masked)
+    return dataclasses.replace(whole, rows=tokens * taken / left, columns=columns, group=group / taken, attention=True, masked=half.masked)

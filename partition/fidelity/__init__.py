@@ -77,8 +77,7 @@ def validate(folder: str | Path | None = None, progress: Callable[[str], None] |
             what = ", ".join(f"{k} {v}" for k, v in given.items() if k != "value")
             if progress is not None:
                 progress(f"{m.subject} {m.metric}: {what}")
-            amount = float(given["prompt"]) if m.metric == "ttft" and m.unit == "tokens/s" else 1.0
-            measured = published(float(given["value"]), m.unit, amount, path)
+            measured = published(m, given, path)
             cluster, seconds = subject(m, given, path)
             low, high = band(cluster, seconds)
             fitted = m.fitted if isinstance(m.fitted, bool) else given.get("model") in m.fitted

@@ -75,8 +75,7 @@ def fit(folder: str | Path | None = None, progress: Callable[[str], None] | None
                     numbers[shared] = len(numbers)
                     start.append(float(held[name]))
                 names[numbers[shared]] = name
-            amount = float(given["prompt"]) if m.metric == "ttft" and m.unit == "tokens/s" else 1.0
-            cases.append(_Case(model=str(given.get("model", "")), cluster=cluster, seconds=seconds, measured=published(float(given["value"]), m.unit, amount, path), names=names))
+            cases.append(_Case(model=str(given.get("model", "")), cluster=cluster, seconds=seconds, measured=published(m, given, path), names=names))
     return tuple(_fitted(family, *found, progress or (lambda _: None)) for family, found in sorted(families.items()))
 
 

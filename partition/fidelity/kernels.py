@@ -110,7 +110,7 @@ def _seconds(kind: str, rows: Mapping[str, np.ndarray], dtype: str, device: Devi
     keys = tokens if kind == "context" else n["step"] + 1
     heads = n["num_key_value_heads"]
     shape = Contraction(batch=n["batch_size"] * heads, rows=tokens, inner=n["head_dim"], columns=keys, width=width, group=n["num_heads"] / heads,
-                        heads=n["num_heads"], attention=True, masked=kind == "context")  # fmt: skip
+                        attention=True, masked=kind == "context")  # fmt: skip
     moved = width * n["batch_size"] * n["head_dim"] * (n["num_heads"] * tokens + heads * keys)
     return np.asarray(2 * _price(shape, dtype, moved, mesh), float)  # a half of the attention, twice
 

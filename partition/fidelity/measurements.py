@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.resources
 import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -74,10 +75,11 @@ def _read(path: Path) -> Measurements:
     return made
 
 
-def published(value: float, unit: str, amount: float, path: Path) -> float:
-    """What was published, in seconds; amount: the tokens that a rate speaks of. Raises ProfileError."""
-    if unit == "tokens/s":
-        return amount / value
-    if unit not in units.UNITS["time"]:
-        raise ProfileError(f"measurements are in {', '.join(units.UNITS['time'])} or tokens/s, not in {unit!r}", where=f"{path}: unit", mend="use one of these")
-    return value * units.UNITS["time"][unit]
+def published(m: Measurements, given: Mapping[str, Any], path: Path) -> float:
+    """What was published of a point, in seconds: a rate is of the prompt in prefill, and of a token else. Raises ProfileError."""
+    value = float(given["value"])
+    if m.unit == "tokens/s":
+        return (float(given["prompt"]) if m.metric == "ttft" else 1.0) / value
+    if m.unit not in units.UNITS["time"]:
+        raise ProfileError(f"measurements are in {', '.join(units.UNITS['time'])} or tokens/s, not in {m.unit!r}", where=f"{path}: unit", mend="use one of these")
+    return value * units.UNITS["time"][m.unit]

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from partition.collectives import transfer
 from partition.costs import Cost, Request, costs
 from partition.errors import NameUnknownError, ProfileError
 from partition.fidelity.measurements import Measurements
-from partition.graph import Graph, itemsize, roots
+from partition.graph import Graph, held, itemsize
 from partition.graph import weights as weights_of
 from partition.hardware import Cluster, Edge, End, Mesh, Quantity
 from partition.overrides import banded
@@ -112,14 +112,10 @@ def _tagged(models: str, model: str, prompt: int, tokens: int, batch: int, dtype
 
 def _quantised(works: Mapping[int, Work], graph: Graph, dtype: str) -> dict[int, Work]:
     """Work of a program whose layers' weights are held in a narrower dtype than it was traced with; tables and heads stay as they are."""
-    return dict(_narrow(works, graph, dtype))
-
-
-def _narrow(works: Mapping[int, Work], graph: Graph, dtype: str) -> Iterator[tuple[int, Work]]:
-    top, root = weights_of(graph), roots(graph)
-    ops = {op.id: op for op in graph.walk()}
-    for i, w in works.items():
-        op = ops.get(i)
-        inner = [t for t in op.inputs if root.get(t) in top and len(graph.tensors[t].shape) > 1] if op is not None and op.primitive == "dot_general" else []
-        less = sum(graph.tensors[t].nbytes * (1 - itemsize(dtype) / itemsize(graph.tensors[t].dtype)) for t in inner)
-        yield i, dataclasses.replace(w, read=w.read - less) if less else w
+    layers, tensors, found = held(graph) - weights_of(graph), graph.tensors, dict(works)
+    for op in graph.walk():
+        if op.primitive == "dot_general":
+            inner = [tensors[t] for t in op.inputs if t in layers and len(tensors[t].shape) > 1]
+            less = sum(t.nbytes * (1 - itemsize(dtype) / itemsize(t.dtype)) for t in inner)
+            found[op.id] = dataclasses.replace(works[op.id], read=works[op.id].read - less)
+    return found

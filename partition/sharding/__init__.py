@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from partition.graph import Graph, bodies, roots, weights
+from partition.graph import Graph, bodies, held, weights
 from partition.sharding.factors import factors
 from partition.sharding.pieces import Pieces, Split
 from partition.sharding.search import Collective, Search, Terms
@@ -26,7 +26,8 @@ class Layout:
     """tensors: tensor id -> its split (absent: whole on each device). ways: op id -> over how many devices its work is spread.
 
     along: op id -> the factors along which it is split (see `factors.py`). collectives: op id -> (kind, bytes of the whole tensor,
-    devices) of what it waits for. exact: whether the search dropped no state; it still takes each loop by itself, and a whole tensor to be cut for nothing.
+    devices) of what it waits for. exact: whether the search dropped no state; it still takes each loop by itself, and a whole
+    tensor to be cut for nothing.
     """
 
     degree: int
@@ -49,8 +50,8 @@ def layout(
     """Choose how a whole program is split over `degree` devices.
 
     seconds: of each op on one device, by op id, and of a collective (kind, bytes, devices); by default those of bytes and operations at
-    1 TB/s and 100 TFLOP/s, and of collectives at 10 us and 100 GB/s. capacity [B]: of one device, for the weights. tensor: contractions with weights are split along the weights wherever they can be, and never along tokens, as
-    tensor-parallel servers do.
+    1 TB/s and 100 TFLOP/s, and of collectives at 10 us and 100 GB/s. capacity [B]: of one device, for the weights. tensor:
+    contractions with weights are split along the weights wherever they can be, and never along tokens, as tensor-parallel servers do.
     """
     if degree == 1:
         return Layout(degree=1, tensors={}, ways={}, along={}, collectives={})
@@ -65,8 +66,8 @@ def layout(
         found = min(tried, key=lambda t: t[0])[1]
         made = Layout(degree=degree, tensors={t: w for t, w in found.tensors.items() if w is not None}, ways={i: w for i, w in found.ways.items() if w > 1},
                       along=found.along, collectives={i: c for i, c in found.comm.items() if c}, exact=found.exact)  # fmt: skip
-        held = sum(graph.tensors[t].nbytes * made.copies(t) / degree for t in weights(graph))
-        if held <= capacity or weight > _HEAVY:
+        nbytes = sum(graph.tensors[t].nbytes * made.copies(t) / degree for t in weights(graph))  # that each device holds
+        if nbytes <= capacity or weight > _HEAVY:
             return made
         weight *= 100  # the weights do not fit as they lie: a byte held costs more
 
@@ -109,11 +110,10 @@ def narrowed(wide: Layout, graph: Graph, degree: int) -> Layout:
 
 def parallelism(made: Layout, graph: Graph) -> Counter[str]:
     """How many contractions with weights are split along columns or rows ("tensor"), tokens ("sequence"), experts ("expert"), or not ("none")."""
-    top, kinds = weights(graph), Counter[str]()
-    held = top | {inner for inner, root in roots(graph).items() if root in top}
+    within, kinds = held(graph), Counter[str]()
     for op in graph.walk():
         if op.primitive in ("dot_general", "ragged_dot_general") and not bodies(op):
-            sides = [i for i, t in enumerate(op.inputs[:2]) if t in held]
+            sides = [i for i, t in enumerate(op.inputs[:2]) if t in within]
             if len(sides) != 1:
                 continue
             along, rule = made.along.get(op.id, ()), factors(op, graph.tensors)

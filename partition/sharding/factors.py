@@ -32,6 +32,10 @@ class Factors:
     summed: frozenset[int] = frozenset()
     batch: tuple[int, ...] = ()
 
+    def own(self, i: int) -> list[int]:
+        """The factors that an operand of a contraction does not share with the other one."""
+        return [f for fs in self.ins[i] for f in fs if f not in self.batch and f not in self.summed]
+
 
 def factors(op: Op, tensors: Sequence[Tensor]) -> Factors:
     """The factors of an op; of one whose primitive has no rule, none, unless it works element by element."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from partition.graph import Graph, Op, Role, Tensor, roots, weights
+from partition.graph import Graph, Op, Role, Tensor, held, weights
 from partition.sharding.factors import Factors, factors
 from partition.sharding.pieces import Pieces, Split
 
@@ -60,7 +60,6 @@ class Option:
 class Found:
     """What the search settled: how tensors lie, over how many devices the work of each op is split and along which factors, what it waits for."""
 
-    seconds: float = 0.0
     exact: bool = True
     tensors: dict[int, Where] = dataclasses.field(default_factory=dict)
     ways: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -75,7 +74,7 @@ class Search:
         self.tensors, self.pieces, self.terms = graph.tensors, pieces, terms
         self.found = Found()
         self.active = _active(graph)
-        self.held = _inside(graph, weights(graph))
+        self.held = held(graph)
         self.rule = {op.id: factors(op, graph.tensors) for op in graph.walk() if op.loop is None and not op.bodies}
         self.units = self._units(graph)
         self.memo: dict[tuple[object, ...], tuple[list[State], list[int], list[tuple[int, Option]]]] = {}
@@ -87,7 +86,7 @@ class Search:
             if op.primitive in ("dot_general", "ragged_dot_general") and op.id in self.rule:
                 r = self.rule[op.id]
                 shared = [r.sizes[f] for f in r.batch] + ([r.sizes[0]] if op.primitive == "ragged_dot_general" else [])
-                rows = [r.sizes[f] for dims in r.ins[:2] for fs in dims for f in fs if f not in r.batch and f not in r.summed]
+                rows = [r.sizes[f] for i in (0, 1) for f in r.own(i)]
                 found |= {self.pieces.of(n * m) for n in shared if n > 1 for m in (1, *(m for m in rows if m * n <= 1024))}
         return tuple(sorted(p for p in found if p > 1))
 
@@ -203,11 +202,13 @@ class Search:
 
 
 class _Run:
-    """One walk over the ops of a level: `frontier` are the tensors that are still needed, `table` the states and their cost [fs]."""
+    """One walk over the ops of a level: `frontier` are the tensors that are still needed, `states` how they may lie, `costs` [fs] what the cheapest
+    way to each takes more than `base`."""
 
     def __init__(self, search: Search, graph: Graph, fixed: dict[int, Where], required: Mapping[int, list[Where]], carries: Mapping[int, int]):
-        self.s, self.graph, self.fixed, self.required = search, graph, fixed, required
+        self.s, self.fixed, self.required = search, fixed, required
         self.carries = {o: i for o, i in carries.items() if o in search.active and o != i}
+        self.entering = set(self.carries.values())
         self.frontier: list[int] = []
         self.states: list[State] = [()]
         self.costs: list[int] = [0]
@@ -248,25 +249,25 @@ class _Run:
         needs = tuple(tuple(self.required.get(t, ())) for t in op.outputs)
         stays = tuple(k for k, t in enumerate(self.frontier) if self.last.get(t, -1) > n)
         born = tuple(self.last.get(t, -1) > n for t in op.outputs)
-        held = tuple(self.last.get(t, -1) > n for t in names)
+        later = tuple(self.last.get(t, -1) > n for t in names)
         branches = any(k == "slot" and self.first[t] == n < self.last[t] for k, t in zip(kinds, op.inputs, strict=True))
-        entered = tuple(t in self.carries.values() for t in self.frontier)
+        entered = tuple(t in self.entering for t in self.frontier)
         sizes = tuple(s.tensors[t].nbytes for t in (*op.inputs, *op.outputs))
-        key = (op.primitive, rule, tuple(slots), tuple(kinds), tuple(known), stays, born, held, tuple(closes), needs, entered, branches, sizes,
+        key = (op.primitive, rule, tuple(slots), tuple(kinds), tuple(known), stays, born, later, tuple(closes), needs, entered, branches, sizes,
                s.terms.seconds.get(op.id), tuple(self.states), tuple(self.costs))  # fmt: skip
         if key not in s.memo:
-            s.memo[key] = self._advance(op, rule, slots, kinds, known, stays, born, held, closes, needs, entered, branches)
+            s.memo[key] = self._advance(op, rule, slots, kinds, known, stays, born, later, closes, needs, entered, branches)
         states, costs, back = s.memo[key]
         low = min(costs)
         self.base += low
         self.states, self.costs = states, [c - low for c in costs]
         self.trail.append((op, names, back))
         self.frontier = [self.frontier[k] for k in stays] + [t for t, b in zip(op.outputs, born, strict=True) if b and t in s.active]
-        self.frontier += [t for t, h in zip(names, held, strict=True) if h]
+        self.frontier += [t for t, h in zip(names, later, strict=True) if h]
 
     def _advance(
         self, op: Op, rule: Factors, slots: Sequence[int], kinds: Sequence[str], known: Sequence[Where], stays: Sequence[int], born: Sequence[bool],
-        held: Sequence[bool], closes: Sequence[int], needs: Sequence[Sequence[Where]], entered: Sequence[bool], branches: bool,
+        later: Sequence[bool], closes: Sequence[int], needs: Sequence[Sequence[Where]], entered: Sequence[bool], branches: bool,
     ) -> tuple[list[State], list[int], list[tuple[int, Option]]]:  # fmt: skip
         s, made, best = self.s, dict[tuple[Where, ...], list[Option]](), dict[State, tuple[int, int, Option]]()
         alive = [b and t in s.active for b, t in zip(born, op.outputs, strict=True)]
@@ -285,7 +286,7 @@ class _Run:
                     after = [state[k] if entered[k] else now.get(k, state[k]) for k in stays]
                 else:
                     after = [state[k] for k in stays]
-                new = (*after, *(w for w, b in zip(o.outs, alive, strict=True) if b), *(w for w, h in zip(o.frees, held, strict=True) if h))
+                new = (*after, *(w for w, b in zip(o.outs, alive, strict=True) if b), *(w for w, h in zip(o.frees, later, strict=True) if h))
                 if new not in best or cost + o.cost + extra < best[new][0]:
                     best[new] = (cost + o.cost + extra, number, o)
         tensors = [self.frontier[k] for k in stays] + [t for t, b in zip(op.outputs, alive, strict=True) if b]
@@ -330,11 +331,6 @@ def _shift(lies: Where, by: int) -> Where:
         return None
     dims = tuple(d + by for d in lies[0])
     return None if min(dims) < 0 else (dims, lies[1])
-
-
-def _inside(graph: Graph, tensors: set[int]) -> set[int]:
-    """Some tensors of the top level, and those in bodies that are one of them or a slice of one."""
-    return tensors | {inner for inner, root in roots(graph).items() if root in tensors}
 
 
 def _active(graph: Graph) -> set[int]:
