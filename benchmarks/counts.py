@@ -24,8 +24,8 @@ MODELS = {
     "llama": ("smollm2-135m", "llama-3.2-1b", "qwen3-0.6b"), "gemma": ("gemma-2-2b",), "gpt2": ("gpt2", "gpt2-xl"), "mamba": ("mamba-130m", "mamba-2.8b"),
     "t5": ("t5-base", "flan-t5-xl"), "mixtral": ("mixtral-8x7b",), "deepseek": ("deepseek-v2-lite",),
 }  # fmt: skip
-RULED = ("dot_general", "conv_general_dilated", "gather")
-"""What both count bytes of; roofline has none for in-place updates, sorts and cumulative ops."""
+RULED = ("dot_general",)
+"""What both count fused bytes of: roofline has those of contractions alone, all else (a convolution, a gather) it counts unfused only."""
 
 
 def counted(program: Program) -> tuple[float, float, bool]:

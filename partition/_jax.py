@@ -7,6 +7,8 @@ a scan's arity stands in other parameters.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,6 +83,8 @@ class _Reader:
         self.callers: list[Any] = []
         self.caller: Any = None
         self.values: dict[int, Any] = {}
+        self._value = functools.cache(lambda expression: symbols.value(expression, sizes))
+        self._bytes: dict[tuple[str, ...], Any] = {}  # by shape and dtype: sizes may be long arrays
         self._consts: dict[int, int] = {}
         self._literals: dict[Any, int] = {}
         self._scopes: dict[Any, str] = {}
@@ -89,17 +93,17 @@ class _Reader:
         shape, dtype = tuple(getattr(aval, "shape", ())), str(getattr(aval, "dtype", "float0"))
         if self.sizes:
             shape = tuple(self.number(n) for n in shape)
-        size: Any = 1
-        for n in shape:
-            size = size * n
-        made = Tensor(id=len(self.tensors), shape=shape, dtype=dtype, role=role, name=name, nbytes=size * itemsize(dtype))
+        key = *map(str, getattr(aval, "shape", ())), dtype
+        if key not in self._bytes:
+            self._bytes[key] = math.prod(shape) * itemsize(dtype)
+        made = Tensor(id=len(self.tensors), shape=shape, dtype=dtype, role=role, name=name, nbytes=self._bytes[key])
         self.tensors.append(made)
         self.avals.append(aval)
         return made.id
 
     def number(self, n: Any) -> Any:
         """A dimension as a number: of a symbolic one, its value."""
-        return n if isinstance(n, int) else symbols.value(n, self.sizes)
+        return n if isinstance(n, int) else self._value(str(n))
 
     def const(self, var: Any, value: Any) -> int:
         if id(value) not in self._consts:
@@ -292,7 +296,7 @@ def environment(jaxpr: Any, inputs: Sequence[Any], results: Sequence[Any]) -> Ca
     inner = body_of(jaxpr)
     made = [v for eqn in inner.eqns for v in eqn.outvars if not isinstance(v, jex.DropVar)]
     env = {**dict(zip(inner.constvars, consts_of(jaxpr), strict=True)), **dict(zip(inner.invars, inputs, strict=True)), **dict(zip(made, results, strict=True))}
-    return lambda atom: np.asarray(atom.val, _aval(atom).dtype) if isinstance(atom, jex.Literal) else env[atom]
+    return lambda atom: np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else env[atom]  # type: ignore[attr-defined]
 
 
 def inside(want: Any, got: Any, read: Callable[[Any], Any]) -> Iterator[tuple[Any, Any, list[Any]]]:
@@ -320,10 +324,6 @@ def inside(want: Any, got: Any, read: Callable[[Any], Any]) -> Iterator[tuple[An
         yield want.params["branches"][branch], got.params["branches"][branch], values[1:]
     elif (callee := _callee(want)) is not None and (other := _callee(got)) is not None:
         yield callee, other, values
-
-
-def _aval(var: Any) -> Any:
-    return var.aval
 
 
 _ENTERED = ("jaxpr", "body_jaxpr", "branches", "call_jaxpr", "fun_jaxpr")
@@ -361,7 +361,7 @@ def wide_sums(jaxpr: Any) -> Any:
     def change(eqn: Any) -> list[Any] | None:
         if eqn.primitive.name != "dot_general":
             return None
-        out = _aval(eqn.outvars[0])
+        out = eqn.outvars[0].aval
         if not jnp.issubdtype(out.dtype, jnp.floating) or out.dtype.itemsize >= 4:
             return None
         wide = jex.Var(jax.core.ShapedArray(out.shape, jnp.float32))
@@ -374,7 +374,7 @@ def unconstrained(jaxpr: Any) -> Any:
     """The same jaxpr without its author's sharding constraints: they name devices of a mesh of the author's."""
 
     def change(eqn: Any) -> list[Any] | None:
-        return [_cast(eqn, eqn.invars[0], _aval(eqn.outvars[0]).dtype)] if eqn.primitive.name == "sharding_constraint" else None
+        return [_cast(eqn, eqn.invars[0], eqn.outvars[0].aval.dtype)] if eqn.primitive.name == "sharding_constraint" else None
 
     return _rewritten(jaxpr, change) if _has(jaxpr, "sharding_constraint") else jaxpr
 

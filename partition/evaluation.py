@@ -86,7 +86,7 @@ class Schedule:
         self.link_free: dict[tuple[int, int], float] = {}
         self.ports_free: dict[int, float] = {}
         self.done: dict[tuple[int, int], float] = {}  # (node, mesh) -> end
-        self.arrived: dict[tuple[int, int], float] = {}  # (flow, mesh) -> when it is there
+        self.arrived: dict[tuple[int, int], float] = {}  # (flow, other mesh) -> when it is there; at home, a mesh has it before it is free
         self.slots: list[Slot] | None = [] if record else None
         self.by_src: list[list[int]] = [[] for _ in problem.names]
         for i, f in enumerate(problem.flows):
@@ -94,20 +94,19 @@ class Schedule:
 
     def run(self, nodes: Sequence[int], kinds: tuple[str, ...], trip: int = -1) -> float:
         """Run nodes in order, waiting for flows of these kinds; returns when the last one ends."""
-        p, end = self.p, 0.0
+        p, ends = self.p, dict[int, Any]()
         for n in nodes:
             for m in self.where[n]:
                 start = self.free[m]
                 for i in p.incoming[n]:
-                    if p.flows[i].kind in kinds:
-                        start = later(start, self.arrived.get((i, m), 0.0))
+                    if (i, m) in self.arrived and p.flows[i].kind in kinds:
+                        start = later(start, self.arrived[i, m])
                 stop = start + one(p.seconds[n, m])
-                self.free[m] = self.done[n, m] = stop
-                end = later(end, stop)
+                self.free[m] = self.done[n, m] = ends[m] = stop
                 if self.slots is not None:
                     self.slots.append(Slot(start=start, end=stop, mesh=m, node=n, trip=trip))
             self.send(n, trip)
-        return end
+        return functools.reduce(later, ends.values(), 0.0)
 
     def send(self, n: int, trip: int) -> None:
         """Start every transfer of what node n made, once for each mesh that reads it; those that leave together share the sender's ports."""
@@ -117,11 +116,7 @@ class Schedule:
             flow = p.flows[i]
             if trip < 0 and flow.kind in ("carry", "result"):
                 continue
-            for m in sorted({m for d in flow.dst for m in self.where[d]}):
-                if m in home:
-                    self.arrived[i, m] = self.done[n, m]
-                else:
-                    leaving.append((i, m))
+            leaving += [(i, m) for m in sorted({m for d in flow.dst for m in self.where[d]}) if m not in home]
         if not leaving:
             return
         src = home[0]

@@ -7,6 +7,7 @@ state do not flow: they are resident wherever a block reads or writes them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from partition.coarsen import Block
@@ -79,10 +80,17 @@ def flows(blocks: Sequence[Block], phases: Phases, trips: int) -> tuple[list[Flo
     results = _results(loop_op)
     rebinds = max(trips - 1, 0) if loop_op is not None and loop_op.loop is not None and loop_op.loop.kind == "scan" else trips
 
+    @functools.cache
+    def rows(t: int, n: int | None) -> float:
+        return value_bytes((t, None if n is None else (0, n)), tensors)
+
+    def nbytes(value: Value) -> float:
+        return rows(value[0], None if value[1] is None else value[1][1] - value[1][0])
+
     def flow(value: Value, dst: int, kind: str, times: int) -> None:
         for v, src in sources.of(value):
             if src != dst:
-                sizes[v] = value_bytes(v, tensors)
+                sizes[v] = nbytes(v)
                 found.setdefault((v, src, kind, times), set()).add(dst)
 
     for n, b in enumerate(blocks):
@@ -120,9 +128,9 @@ def flows(blocks: Sequence[Block], phases: Phases, trips: int) -> tuple[list[Flo
     made = [Flow(value=v, src=src, dst=tuple(sorted(dst)), nbytes=sizes[v], times=times, kind=kind)
             for (v, src, kind, times), dst in found.items()]  # fmt: skip
     made.sort(key=lambda f: (f.src, f.kind, f.value[0], f.value[1] or (0, 0)))
-    lying = [Resident(name=tensors[v[0]].name, kind="weights", value=v, blocks=tuple(sorted(w)), nbytes=value_bytes(v, tensors))
+    lying = [Resident(name=tensors[v[0]].name, kind="weights", value=v, blocks=tuple(sorted(w)), nbytes=nbytes(v))
              for v, w in sorted(weights.items(), key=_order)]  # fmt: skip
-    lying += [Resident(name=f"state {v[0]}", kind="state", value=v, blocks=tuple(sorted(w)), nbytes=value_bytes(v, tensors))
+    lying += [Resident(name=f"state {v[0]}", kind="state", value=v, blocks=tuple(sorted(w)), nbytes=nbytes(v))
               for v, w in sorted(state.items(), key=_order)]  # fmt: skip
     return made, lying
 

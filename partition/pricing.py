@@ -12,7 +12,7 @@ from typing import Any
 
 from partition.coarsen import Block, share
 from partition.collectives import collective
-from partition.costs import Cost, Request, written
+from partition.costs import Cost, Request, total, written
 from partition.costs import costs as op_costs
 from partition.graph import Graph, Op
 from partition.hardware import Cluster, Mesh
@@ -104,21 +104,9 @@ def _by_node(blocks: Sequence[Block], tables: Sequence[Mapping[int, Cost]], alik
             rows[id(table)] = []
             for n, b in enumerate(blocks):
                 key: object = n if alike is None else tuple((alike.get(op.id, op.id), share(op, span)) for op, span in b.items)
-                known[key] = known[key] if key in known else _block_cost(b, table)
+                known[key] = known[key] if key in known else total((table[op.id], share(op, span)) for op, span in b.items)
                 rows[id(table)].append(known[key])
     return tuple(tuple(rows[id(t)][n] for t in tables) for n in range(len(blocks)))
-
-
-def _block_cost(block: Block, table: Mapping[int, Cost]) -> Cost:
-    compute = memory = link = latency = busy = 0.0
-    for op, span in block.items:
-        c, part = table[op.id], share(op, span)
-        compute += c.compute * part
-        memory += c.memory * part
-        link += c.link * part
-        latency += c.latency * part
-        busy += c.busy * part
-    return Cost(compute=compute, memory=memory, link=link, latency=latency, busy=busy)
 
 
 def _resized(wait: tuple[str, float, int], op: Op, was: Graph, now: Graph) -> tuple[str, Any, int]:

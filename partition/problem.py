@@ -259,9 +259,11 @@ def at_sizes(problem: Problem, graph: Graph, works: Mapping[int, Work], alike: M
     found, _ = put(table, problem.names, cluster, problem.times_given)
     taken = {i: c.seconds for i, c in {id(c): c for row in found for c in row}.items()}
     flowing, lying = flows(problem.blocks, there, problem.workload.trips)
+    held = [[(r.nbytes, split.copies(r.value[0])) for split in splits] for r in lying]
+    copied = {(id(nbytes), n): nbytes * n for row in held for nbytes, n in row}  # rows of a stack are as large as each other
     return dataclasses.replace(
         problem, seconds=_objects([[taken[id(c)] for c in row] for row in found], len(splits)), flows=tuple(flowing),
-        resident=_objects([[split.copies(r.value[0]) * r.nbytes for split in splits] for r in lying], len(splits)),
+        resident=_objects([[copied[id(nbytes), n] for nbytes, n in row] for row in held], len(splits)),
         residents=tuple(lying), workload=dataclasses.replace(problem.workload, batch=batch), phases=None, costs=(),
     )  # fmt: skip
 

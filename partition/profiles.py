@@ -21,6 +21,8 @@ from partition import units
 from partition.errors import NameUnknownError, ProfileError
 from partition.hardware import TOPOLOGIES, Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity, Region, Streaming, Systolic
 
+_SAID = {"bytes": "number of bytes"}
+"""What a dimension is called after "a", where not by its name."""
 _MEND = "write {{ value = \"{example}\", kind = \"published\", source = \"where it stands\" }}"  # fmt: skip
 _EXAMPLES = {"time": "15 us", "bytes": "96 GiB", "bandwidth": "400 Gbit/s", "compute": "667 TFLOP/s", "price": "2.24 $/h",
              "price per byte": "0 $/GB", "power": "500 W", "fraction": "0.85", "frequency": "1.1 GHz", "number": "8", "cycles": "554"}  # fmt: skip
@@ -43,11 +45,11 @@ def _quantity(dimension: str) -> Any:
             raise ValueError(f"kind {raw['kind']!r} is none of {', '.join(Kind)}")
         value = units.parse(raw["value"], dimension)
         if not math.isfinite(value):
-            raise ValueError(f"a {dimension} is a finite number, got {raw['value']!r}")
+            raise ValueError(f"a {_SAID.get(dimension, dimension)} is a finite number, got {raw['value']!r}")
         if dimension == "fraction" and not 0 < value <= 1:
             raise ValueError(f"a share lies above 0 and at most at 1, got {raw['value']!r}")
         if value == 0 and dimension not in units.ZERO:
-            raise ValueError(f"a {dimension} of zero makes nothing run, got {raw['value']!r}")
+            raise ValueError(f"a {_SAID.get(dimension, dimension)} of zero makes nothing run, got {raw['value']!r}")
         if raw.get("sparse", False) is not False:
             raise ValueError("a peak with sparsity is no dense one; state the dense peak, and keep the sparse one in its source")
         if dimension == "compute" and "spars" in raw["source"].lower() and "dense" not in raw["source"].lower():
@@ -72,7 +74,7 @@ def _band(raw: dict[str, Any], value: float, dimension: str) -> tuple[float | No
     if dimension == "fraction" and high > 1:
         raise ValueError(f"a share is at most 1, its band goes to {raw['high']!r}")
     if low == 0 and dimension not in units.ZERO:
-        raise ValueError(f"a {dimension} of zero makes nothing run, the band goes to {raw['low']!r}")
+        raise ValueError(f"a {_SAID.get(dimension, dimension)} of zero makes nothing run, the band goes to {raw['low']!r}")
     return low, high
 
 

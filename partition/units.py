@@ -40,11 +40,11 @@ def parse(text: str, dimension: str) -> float:
     match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
     example = {"compute": "TFLOP/s", "bytes": "GiB", "bandwidth": "GB/s"}.get(dimension) or next(u for u in units if units[u] != 1.0 or len(units) == 1)
     if match is None:
-        raise ValueError(f"expected a {dimension} such as '3 {example}', got {text!r}")
+        raise ValueError(f"expected {dimension} such as '3 {example}', got {text!r}")
     number, unit = match.groups()
     if unit not in units:
         known = ", ".join(u or "(none)" for u in units)
-        raise ValueError(f"expected a {dimension} such as '3 {example}', got {text!r}: units of a {dimension} are {known}")
+        raise ValueError(f"expected {dimension} such as '3 {example}', got {text!r}: units of {dimension} are {known}")
     return float(number) * units[unit]
 
 

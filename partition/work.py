@@ -119,14 +119,14 @@ def loop_trips(op: Op, graph: Graph, stated: int | None = None) -> int:
     return known
 
 
-def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: set[int], found: dict[int, Work]) -> Work:
-    tensors, total = graph.tensors, Work()
+def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: set[int], found: dict[int, Work]) -> None:
+    tensors = graph.tensors
     for op in graph.ops:
         if op.loop is not None:
-            inside = [_level(b, weights, trips, on_chip, found) for b in bodies(op)]
+            inside = [_body(b, weights, trips, on_chip, found) for b in bodies(op)]
             cost = sum(inside, Work()) * loop_trips(op, graph, trips)
         elif op.bodies:
-            branches = [_level(b, weights, trips, on_chip, found) for b in op.bodies]
+            branches = [_body(b, weights, trips, on_chip, found) for b in op.bodies]
             cost = max(branches, key=lambda w: (first(w.bytes), first(w.total_flops))) * copies(op)  # a cond runs one branch: the dearest
         else:
             ins, outs = [tensors[t] for t in op.inputs], [tensors[t] for t in op.outputs]
@@ -134,8 +134,12 @@ def _level(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: se
             if op.primitive == "dot_general":
                 cost = dataclasses.replace(cost, rows=_rows(op, tensors, weights))
         found[op.id] = cost
-        total = total + cost
-    return total
+
+
+def _body(graph: Graph, weights: frozenset[int], trips: int | None, on_chip: set[int], found: dict[int, Work]) -> Work:
+    """The work of one run of a body."""
+    _level(graph, weights, trips, on_chip, found)
+    return sum((found[op.id] for op in graph.ops), Work())
 
 
 def _rows(op: Op, tensors: Sequence[Tensor], weights: frozenset[int]) -> Any:

@@ -43,7 +43,7 @@ def test_measured_times_stay_on_another_cluster() -> None:
     ("costs", "error", "says"),
     [
         ({"decode/hat": {"cs3": 1.0}}, NameUnknownError, "did you mean 'decode/head'"), ({"decode/head": {"cs4": 1.0}}, NameUnknownError, "mesh or device"),
-        ({"decode/head": {"cs3": "3 miles"}}, ProfileError, "units of a time"), ({"decode/head": {"cs3": -1.0}}, ProfileError, "no time"),
+        ({"decode/head": {"cs3": "3 miles"}}, ProfileError, "units of time"), ({"decode/head": {"cs3": -1.0}}, ProfileError, "no time"),
         ({"decode/head": {"cs3": float("nan")}}, ProfileError, "no time"), ({"decode/head": {"cs3": True}}, ProfileError, "no number"),
         ({"*": 5}, ProfileError, "no table"), ([1], ProfileError, "no table"),
     ],

@@ -153,8 +153,8 @@ def test_own_files_are_found_beside_the_cluster(tmp_path: Path) -> None:
 
 
 FAULTS = [  # (what stands there, what is planted, where it must be found, the field, what the reason says)
-    ('"10 GB"', '"10 Gb"', 'capacity = {', "device.memory.capacity", "units of a bytes are"),
-    ('"1 TB/s"', '"1"', "bandwidth = {", "device.memory.bandwidth", "expected a bandwidth such as"),
+    ('"10 GB"', '"10 Gb"', 'capacity = {', "device.memory.capacity", "units of bytes are"),
+    ('"1 TB/s"', '"1"', "bandwidth = {", "device.memory.bandwidth", "expected bandwidth such as"),
     (f'"1 TFLOP/s", {Q}', '"1 TFLOP/s", source = "x"', "float32 =", "device.peak.float32", "no kind; write { value ="),
     (f'"90 %", {Q}', '"90 %", kind = "published"', "usable =", "device.memory.usable", "no source; write { value ="),
     (f'{{ value = "10 GB", {Q} }}', '"10 GB"', "capacity =", "device.memory.capacity", "with kind and source"),
@@ -171,7 +171,7 @@ FAULTS = [  # (what stands there, what is planted, where it must be found, the f
     ('"1 TB/s"', '"1 TB/s", low = "2 TB/s", high = "0.5 TB/s"', "bandwidth =", "device.memory.bandwidth", "the band is reversed"),
     ('"1 TB/s"', '"1 TB/s", low = "2 TB/s", high = "3 TB/s"', "bandwidth =", "device.memory.bandwidth", "lies outside of its band"),
     ('"1 TB/s"', '"1 TB/s", low = "0.5 TB/s"', "bandwidth =", "device.memory.bandwidth", "high is missing"),
-    ('"1 TB/s"', '"1 TB/s", low = "0.5 TB/s", high = "3 W"', "bandwidth =", "device.memory.bandwidth", "units of a bandwidth are"),
+    ('"1 TB/s"', '"1 TB/s", low = "0.5 TB/s", high = "3 W"', "bandwidth =", "device.memory.bandwidth", "units of bandwidth are"),
     ('"90 %"', '"90 %", low = "80 %", high = "110 %"', "usable =", "device.memory.usable", "at most 1"),
     (f'"1 TFLOP/s", {Q}', f'"1 TFLOP/s", sparse = true, {Q}', "float32 =", "device.peak.float32", "with sparsity is no dense one"),
     (f'"1 TFLOP/s", {Q}', '"1 TFLOP/s", kind = "published", source = "with 2:4 sparsity"', "float32 =", "device.peak.float32", "not of a dense figure"),

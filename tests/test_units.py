@@ -61,7 +61,7 @@ def test_refusal_says_what_it_wants_and_what_it_got(text: object, dimension: str
     with pytest.raises(ValueError) as caught:
         units.parse(text, dimension)  # type: ignore[arg-type]
     reason = str(caught.value)
-    assert f"expected a {dimension} such as '3 " in reason and repr(text) in reason
+    assert f"expected {dimension} such as '3 " in reason and repr(text) in reason
 
 
 def test_every_example_in_a_refusal_is_itself_accepted() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from partition.collectives import collective
 from partition.costs import region, streaming, systolic
 from partition.costs.contraction import Contraction, attentions, contraction, derived, scores
-from partition.costs.cost import Cost, peak
+from partition.costs.cost import Cost, peak, total
 from partition.costs.request import Request, written
 from partition.graph import Graph, Op, bodies, held
 from partition.hardware import Mesh
@@ -25,7 +25,7 @@ from partition.sharding import Layout
 from partition.symbols import first
 from partition.work import Work, copies, loop_trips
 
-__all__ = ["Contraction", "Cost", "Request", "cost", "costs", "peak", "written"]
+__all__ = ["Contraction", "Cost", "Request", "cost", "costs", "peak", "total", "written"]
 
 
 def cost(
@@ -74,7 +74,7 @@ def costs(
     """Cost of every op of every level, by op id, for one run of its own level; a loop counts its trips, a cond its dearest branch.
 
     layers: how many layers share a device, where it is a wafer. request: what phases, buckets and caches do to ops (see `request.py`).
-    alike: what ops that cost the same have in common, where their sizes are arrays: a value for each op id.
+    alike: what ops that cost the same have in common, where their sizes are arrays: a value for each op id. The seconds of those stand in `busy` alone.
     """
     found: dict[int, Cost] = {}
     memo: dict[object, Cost] = {}
@@ -82,15 +82,13 @@ def costs(
     weights = derived(graph, held(graph))
     asked, chip = request or Request(), mesh.device.systolic
     pairs = attentions(graph, weights) if shaped or asked.written else {}
+    batches, pads = asked.turns(chip), asked.padding(chip)
     halves = {op.id: op for op in graph.walk() if op.id in pairs} if pairs else {}
 
     def level(g: Graph) -> Cost:
-        total = [0.0] * 5
         for op in g.ops:
-            found[op.id] = c = price(op, g)
-            for i, part in enumerate((c.compute, c.memory, c.link, c.latency, c.busy)):
-                total[i] += part
-        return Cost(compute=total[0], memory=total[1], link=total[2], latency=total[3], busy=total[4])
+            found[op.id] = price(op, g)
+        return total((found[op.id], 1.0) for op in g.ops)
 
     def shape(op: Op, g: Graph, ways: float) -> Contraction | None:
         if op.id in pairs:
@@ -104,9 +102,11 @@ def costs(
             return sum(inside, Cost()) * loop_trips(op, g, trips)
         if inside:
             return max(inside, key=lambda c: first(c.seconds)) * copies(op)
+        if alike is not None and alike[op.id] in memo:
+            return memo[alike[op.id]]
         work, ways, comm = works[op.id], layout.ways.get(op.id, 1), layout.collectives.get(op.id, ())
         made = shape(op, g, ways)
-        turns, padding = asked.turns(op, chip), asked.padding(op, chip)
+        turns, padding = (batches, pads) if op.id in asked.prefill else (1.0, 1.0)
         used = asked.used(op, made.columns, chip) if made is not None and made.attention else 1.0
         key = alike[op.id] if alike is not None else (tuple(work.flops.items()), work.bytes, work.contractions, work.rows, ways, comm, made, turns, padding, used)
         if key not in memo:
@@ -116,6 +116,7 @@ def costs(
             if np.any(np.less(used, 1)) and made is not None:
                 work, made = dataclasses.replace(work * used, contractions=work.contractions), dataclasses.replace(made, columns=made.columns * used)
             once = cost(work, mesh, ways=ways, collectives=comm, layers=layers, shape=made if shaped else None)
+            once = once if alike is None else Cost(busy=once.seconds)
             memo[key] = once if np.ndim(turns) == 0 and turns == 1 else once * turns
         return memo[key]
 

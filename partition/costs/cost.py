@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from partition.errors import WorkError
@@ -38,6 +39,16 @@ class Cost:
     def __mul__(self, times: float) -> Cost:
         return Cost(compute=self.compute * times, memory=self.memory * times, link=self.link * times,
                     latency=self.latency * times, busy=self.busy * times, measured=self.measured * times)  # fmt: skip
+
+
+def total(parts: Iterable[tuple[Cost, float]]) -> Cost:
+    """The sum of costs, each so many times. What costs the same (is one value) is added once, for its numbers may be long arrays."""
+    times: dict[int, float] = {}
+    kept: dict[int, Cost] = {}
+    for c, n in parts:
+        kept[id(c)] = c
+        times[id(c)] = times.get(id(c), 0.0) + n
+    return sum((kept[i] if n == 1.0 else kept[i] * n for i, n in times.items()), Cost())
 
 
 def peak(device: Device, dtype: str) -> float:

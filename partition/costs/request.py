@@ -33,13 +33,13 @@ class Request:
     written: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     trips: int = 0
 
-    def turns(self, op: Op, chip: Systolic | None) -> Any:
-        """How often a chip runs an op of prefill that takes fewer prompts at once."""
-        return np.maximum(1.0, self.batch / float(chip.prefill_batch)) if chip is not None and op.id in self.prefill else 1.0
+    def turns(self, chip: Systolic | None) -> Any:
+        """How often a chip runs the ops of prefill that takes fewer prompts at once."""
+        return np.maximum(1.0, self.batch / float(chip.prefill_batch)) if chip is not None else 1.0
 
-    def padding(self, op: Op, chip: Systolic | None) -> Any:
-        """By how much a chip pads the prompts of an op of prefill, to the next bucket."""
-        if chip is None or not self.written or op.id not in self.prefill:
+    def padding(self, chip: Systolic | None) -> Any:
+        """By how much a chip pads prompts, to the next bucket."""
+        if chip is None or not self.written:
             return 1.0
         prompt = self.written[max(self.written, key=lambda length: first(self.written[length]))]
         return bucket(prompt, chip) / prompt
