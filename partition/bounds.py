@@ -51,15 +51,16 @@ def lower_bound(problem: Problem) -> Bound:
         return Bound(score=max(first + cycle * max(0, trips - 1), critical_path(problem, before + inside + after)),
                      proof="critical path of prefill, then trips of the longest carry cycle")  # fmt: skip
     times = problem.times.astype(float)
+    kept = problem.seconds / problem.depth[None, :]  # a batch keeps a mesh from others for no less than this of what it does there
     if problem.objective == "throughput":
-        area = float((fastest * times).sum()) / len(problem.meshes)
+        area = float((kept.min(axis=1) * times).sum()) / len(problem.meshes)
         biggest = float((fastest * times).max(initial=0.0))
         proof = "area: all work shared evenly by the fastest meshes" if area >= biggest else "biggest node on its fastest mesh"
         return Bound(score=-problem.workload.tokens / max(area, biggest, 1e-30), proof=proof)
     if problem.objective == "joules_per_token":
-        least = float((problem.seconds * problem.power[None, :]).min(axis=1) @ times)
+        least = float((kept * problem.power[None, :]).min(axis=1) @ times)
         return Bound(score=least / problem.workload.tokens, proof="every node on the mesh where it takes least energy, transfers free")
-    cheapest = float((problem.seconds * problem.price[None, :]).min(axis=1) @ times)
+    cheapest = float((kept * problem.price[None, :]).min(axis=1) @ times)
     return Bound(score=cheapest / problem.workload.tokens * 1e6, proof="every node on the mesh where it costs least, transfers free")
 
 

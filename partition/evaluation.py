@@ -37,7 +37,8 @@ class Estimate:
     """What a placement gives for one batch.
 
     ttft [s]: until the decode side can go on from the first token, the exposed part of the hand-off included. tpot [s]: one trip of the
-    token loop in its steady state. e2e [s]: the whole request. busy [m] and link_busy {(m, m): s}: seconds of work a request.
+    token loop in its steady state. e2e [s]: the whole request. busy [m] and link_busy {(m, m): s}: seconds of work a request. occupied [m]: seconds
+    that it keeps others from a mesh, less than busy where several are under way in the layers of a wafer.
     throughput [tokens/s]: with requests pipelined, as many as the busiest mesh, link or sender's ports let through. usd_per_mtok: $ per million
     tokens when every machine is paid for the time it is busy, as in a rate-matched fleet under full load. usd_reserved: the same
     when all used machines are kept for this one batch. joules_per_token [J]: of the machines while they are busy. exposed [s]: hand-off time that prefill does not hide.
@@ -52,6 +53,7 @@ class Estimate:
     joules_per_token: float
     exposed: float
     busy: tuple[float, ...]
+    occupied: tuple[float, ...]
     link_busy: Mapping[tuple[int, int], float]
     link_bytes: Mapping[tuple[int, int], float]
     memory: tuple[float, ...]
@@ -186,15 +188,39 @@ def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float
         link_busy[a, b] = link_busy.get((a, b), 0.0) + (moved / float(problem.beta[a, b]) if problem.beta[a, b] > 0 else float("inf"))
         ports[a] = ports.get(a, 0.0) + (moved / float(problem.wire[a, b]) if problem.wire[a, b] > 0 else 0.0)
     tokens, used = problem.workload.tokens, [m for m, b in enumerate(busy) if first(b) > 0]
+    occupied = _occupied(problem, placement, busy)
     bytes_usd = sum(b * float(problem.link_price[pair]) for pair, b in link_bytes.items())
-    usd = sum(busy[m] * float(problem.price[m]) for m in used) + bytes_usd
+    usd = sum(occupied[m] * float(problem.price[m]) for m in used) + bytes_usd
     reserved = sum(float(problem.price[m]) for m in used) * e2e + bytes_usd
     return Estimate(
-        ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if first(busiest := functools.reduce(later, [*busy, *link_busy.values(), *ports.values()], 0.0)) > 0 else 0.0,
+        ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if first(busiest := functools.reduce(later, [*occupied, *link_busy.values(), *ports.values()], 0.0)) > 0 else 0.0,
         usd_per_mtok=usd / tokens * 1e6, usd_reserved=reserved / tokens * 1e6,
-        joules_per_token=sum(busy[m] * float(problem.power[m]) for m in used) / tokens, busy=tuple(busy), link_busy=link_busy,
+        joules_per_token=sum(occupied[m] * float(problem.power[m]) for m in used) / tokens, busy=tuple(busy), occupied=tuple(occupied), link_busy=link_busy,
         link_bytes=link_bytes, memory=tuple(map(one, problem.memory(placement))),
     )  # fmt: skip
+
+
+def under_way(problem: Problem, placement: Placement) -> list[Any]:
+    """How many batches each mesh works on at once: as many as its layers side by side, and as its memory holds beside the weights; at least one."""
+    weights, batch = problem.held(placement)
+    most = []
+    for m, depth in enumerate(problem.depth):
+        room = np.floor((problem.capacity[m] - weights[m]) / np.maximum(batch[m], 1.0)) if depth > 1 else 1.0
+        most.append(np.maximum(1.0, np.minimum(depth, room)))
+    return most
+
+
+def _occupied(problem: Problem, placement: Placement, busy: Sequence[Any]) -> list[Any]:
+    """Seconds of each mesh that a batch keeps from others: of a pipelined one what its longest layer does, and no less than memory allows."""
+    if (problem.depth == 1).all():
+        return list(busy)
+    most, parts = under_way(problem, placement), dict[tuple[int, int], Any]()
+    for n in range(len(problem)):
+        for m in placement.of(n):
+            key = m, int(problem.layer[n]) if problem.layer[n] >= 0 else -1 - n
+            parts[key] = parts.get(key, 0.0) + one(problem.seconds[n, m] * problem.times[n])
+    longest = [functools.reduce(later, (p for (at, _), p in parts.items() if at == m), 0.0) for m in range(len(busy))]
+    return [b if problem.depth[m] == 1 else one(later(longest[m], b / most[m])) for m, b in enumerate(busy)]
 
 
 def verify(problem: Problem, placement: Any) -> Placement:

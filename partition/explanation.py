@@ -71,8 +71,8 @@ def price_window(problem: Problem, split: Estimate, others: Sequence[Estimate], 
     """
 
     def line(e: Estimate) -> tuple[float, float]:
-        fixed = sum(b * float(problem.price[m]) for m, b in enumerate(e.busy) if problem.kinds[m] != kind)
-        return fixed, sum(b * _devices(problem, m) for m, b in enumerate(e.busy) if problem.kinds[m] == kind)
+        fixed = sum(b * float(problem.price[m]) for m, b in enumerate(e.occupied) if problem.kinds[m] != kind)
+        return fixed, sum(b * _devices(problem, m) for m, b in enumerate(e.occupied) if problem.kinds[m] == kind)
 
     low, high = 0.0, float("inf")
     fixed, slope = line(split)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from partition.program import Program
     from partition.stages import Stages
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -300,7 +300,7 @@ def versions() -> dict[str, str]:
 
 
 _ENDS = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
-_ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "wire", "price", "power", "link_price")
+_ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "wire", "price", "power", "link_price", "depth", "layer")
 
 
 def to_json(made: Plan) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def to_json(made: Plan) -> dict[str, Any]:
         "format": FORMAT, "title": made.title, "cluster": made.cluster, "policy": made.policy, "how": list(made.how),
         "timings": dict(made.timings), "versions": dict(made.versions),
         "placement": {"mesh": made.placement.mesh.tolist(), "also": {str(k): list(v) for k, v in made.placement.also.items()}},
-        "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "joules_per_token", "exposed", "busy", "memory")},
+        "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "joules_per_token", "exposed", "busy", "occupied", "memory")},
         "band": [dict(end) for end in made.ends],
         "links": [{"src": p.meshes[a], "dst": p.meshes[b], "bytes": n, "seconds": e.link_busy[a, b]} for (a, b), n in sorted(e.link_bytes.items())],
         "bound": {"score": made.bound.score, "proof": made.bound.proof}, "gap": made.gap,
@@ -335,11 +335,11 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     if raw.get("format") != FORMAT:
         raise OutputError(f"plan format {raw.get('format')!r} is not {FORMAT}", where="plan.json", mend="plan again with this version")
     p = raw["problem"]
-    arrays: dict[str, Any] = {name: np.array(p[name], dtype=np.int64 if name == "times" else np.float64) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: np.array(p[name], dtype=np.int64 if name in ("times", "layer") else np.float64) for name in _ARRAYS}
     for name in ("beta", "wire"):
         arrays[name] = np.where(arrays[name] < 0, np.inf, arrays[name])
     arrays["resident"] = arrays["resident"].reshape(len(p["residents"]), len(p["meshes"]))
-    if any(not (np.isfinite(a) & (a >= 0)).all() for name, a in arrays.items() if name not in ("beta", "wire")):
+    if any(not (np.isfinite(a) & (a >= 0)).all() for name, a in arrays.items() if name not in ("beta", "wire", "layer")):
         raise ValueError("a time, a size or a price is negative or no number")
     if any(not 0 <= n < len(p["names"]) for f in p["flows"] for n in (f["src"], *f["dst"])):
         raise ValueError("a flow joins nodes that do not exist")

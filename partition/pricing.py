@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from partition.coarsen import Block, share
 from partition.collectives import collective
@@ -53,6 +56,25 @@ def layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
     layers = max(phases.anatomy.layers.counts.values(), default=1)
     alike = sum(m.count for m in cluster.meshes if m.device.name == mesh.device.name)
     return max(1.0, layers / alike)
+
+
+def depth(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
+    """How many batches a mesh works on at once: as many as it has layers side by side. 1 where a device has no regions."""
+    region, layers = mesh.device.region, layers_on(phases, cluster, mesh)
+    places = float("inf") if region is None or region.side is None else max(1.0, float(region.cores) // float(region.side) ** 2)
+    return max(1.0, mesh.count * min(layers, places)) if region is not None else 1.0
+
+
+def layer_of(phases: Phases, blocks: Sequence[Block]) -> np.ndarray:
+    """The layer of each block, int64 [n]: that of most of its ops; -1 of one that is in none."""
+    found = []
+    for b in blocks:
+        counts: Counter[int] = Counter()
+        for op, span in b.items:
+            of = phases.anatomy.layers.of.get(op.id, ())
+            counts.update(of if span is None else of[span[0] : span[1]])
+        found.append(counts.most_common(1)[0][0] if counts else -1)
+    return np.array(found, np.int64)
 
 
 def request(phases: Phases, trips: int | None) -> Request:

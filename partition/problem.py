@@ -20,7 +20,7 @@ from partition.graph import Graph, Role
 from partition.hardware import Cluster
 from partition.measured import Times, put
 from partition.phases import Phase, Phases, is_weight
-from partition.pricing import layouts, node_costs
+from partition.pricing import depth, layer_of, layouts, node_costs
 from partition.sharding import Layout
 from partition.symbols import first
 from partition.work import Work, loop_trips, work
@@ -53,7 +53,9 @@ class Problem:
     seconds [n, m]: one run of a node on a mesh. times [n]: runs a request. flows: what passes between nodes. resident [r, m]: bytes of
     each resident on each mesh, copies included. activation [n, m]: bytes alive while a node runs. capacity [m] B, alpha [m, m] s,
     beta [m, m] B/s (0: no link), wire [m, m] B/s that the ports of the
-    sender take for all of its transfers on such links together, price [m] $/s, power [m] W, link_price [m, m] $/B. pins: node -> mesh. kinds: device of each mesh.
+    sender take for all of its transfers on such links together, price [m] $/s, power [m] W, link_price [m, m] $/B. depth [m]: batches that
+    a mesh works on at once where its layers lie side by side (1: they do not). layer [n]: which layer a node is of (-1: none).
+    pins: node -> mesh. kinds: device of each mesh.
     measured: the (node, mesh) whose time is a user's own. layouts, op_works, times_given, trips: the split of each mesh, the work of each op, a user's
     own times, and how often loops run that do not tell, to cost it anew.
     """
@@ -76,6 +78,8 @@ class Problem:
     price: np.ndarray
     power: np.ndarray
     link_price: np.ndarray
+    depth: np.ndarray
+    layer: np.ndarray
     workload: Workload
     objective: str = "e2e"
     pins: Mapping[int, int] = dataclasses.field(default_factory=dict)
@@ -161,14 +165,19 @@ class Problem:
         also = {n: tuple(sorted(ms)[1:]) for n, ms in sorted(needed.items()) if len(ms) > 1}
         return Placement(mesh=array, also=also, problem=self)
 
-    def memory(self, placement: Placement) -> np.ndarray:
-        """Bytes on each mesh [m]: residents (each counted once a mesh) and the largest activation of its nodes."""
+    def held(self, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes on each mesh [m]: weights, each counted once a mesh; and what one batch holds, its state and the largest activation."""
         on = np.zeros((len(self), len(self.meshes)), bool)
         for n in range(len(self)):
             on[n, list(placement.of(n))] = True
-        used = (self.incidence.astype(np.float32) @ on.astype(np.float32)) > 0
-        held: np.ndarray = np.where(used, self.resident, 0.0).sum(axis=0)
-        total: np.ndarray = held + np.where(on, self.activation, 0.0).max(axis=0, initial=0.0)
+        used = np.where((self.incidence.astype(np.float32) @ on.astype(np.float32)) > 0, self.resident, 0.0)
+        weights = np.array([r.kind == "weights" for r in self.residents], bool)
+        return used[weights].sum(axis=0), used[~weights].sum(axis=0) + np.where(on, self.activation, 0.0).max(axis=0, initial=0.0)
+
+    def memory(self, placement: Placement) -> np.ndarray:
+        """Bytes on each mesh [m]: residents (each counted once a mesh) and the largest activation of its nodes."""
+        weights, batch = self.held(placement)
+        total: np.ndarray = weights + batch
         return total
 
 
@@ -210,7 +219,7 @@ def pose(
         meshes=tuple(m.name for m in cluster.meshes), kinds=tuple(m.device.name for m in cluster.meshes),
         times=np.array([runs if b.region != "top" else 1 for b in blocks], np.int64), flows=tuple(flowing), residents=tuple(lying),
         resident=np.array([[split.copies(r.value[0]) * r.nbytes for split in splits] for r in lying]).reshape(len(lying), len(splits)),
-        activation=_activations(blocks, phases, weights | on_chip, splits), capacity=np.array([m.capacity for m in cluster.meshes]),
+        activation=_activations(blocks, phases, weights | on_chip, splits), layer=layer_of(phases, blocks), capacity=np.array([m.capacity for m in cluster.meshes]),
         workload=Workload(batch=phases.batch, trips=runs), objective=objective,
         pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), blocks=blocks,
         works=_node_works(blocks, works), phases=phases, layouts=tuple(splits), op_works=works, trips=trips,
@@ -240,7 +249,7 @@ def _numbers(
     return {
         "seconds": np.array([[c.seconds for c in row] for row in found]).reshape(len(blocks), len(cluster.meshes)), "costs": found,
         "alpha": alpha, "beta": beta, "wire": wire, "price": np.array([m.price for m in cluster.meshes]), "power": np.array([m.power for m in cluster.meshes]), "link_price": money,
-        "cluster": cluster, "measured": marked,
+        "depth": np.array([depth(phases, cluster, m) for m in cluster.meshes]), "cluster": cluster, "measured": marked,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape, quoteattr
 
+from partition.evaluation import under_way
 from partition.phases import Phase
 from partition.sharding import parallelism
 from partition.tables import table
@@ -117,6 +118,8 @@ def sharding_text(plan: Plan) -> str:
         if mesh.ways > 1 and plan.estimate.busy[m] > 0:
             kinds = parallelism(p.layouts[m], p.phases.program.graph)
             lines.append(f"{mesh.name} splits {mesh.ways} ways: " + ", ".join(f"{n} contractions with weights {kind}" for kind, n in sorted(kinds.items())))
+    lines += [f"{p.meshes[m]} works on {most:.0f} batches at once, as many as {'it has layers' if most >= depth else 'its memory holds'}"
+              for m, (most, depth) in enumerate(zip(under_way(p, plan.placement), p.depth, strict=True)) if depth > 1 and plan.estimate.busy[m] > 0]  # fmt: skip
     return "\n".join(lines)
 
 

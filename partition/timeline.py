@@ -27,9 +27,9 @@ class Timeline:
 
     @property
     def bottleneck(self) -> str:
-        """The mesh or link that works longest in a request: what bounds throughput."""
+        """The mesh or link that a request keeps longest from others: what bounds throughput."""
         p, e = self.problem, self.estimate
-        work = {p.meshes[m]: b for m, b in enumerate(e.busy)}
+        work = {p.meshes[m]: b for m, b in enumerate(e.occupied)}
         work |= {f"{p.meshes[a]} -> {p.meshes[b]}": s for (a, b), s in e.link_busy.items()}
         return max(work, key=lambda k: work[k])
 

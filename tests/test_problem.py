@@ -52,7 +52,7 @@ def test_renaming_meshes_changes_nothing(meshes: list[int], order: list[int]) ->
     o = np.array(order)
     renamed = dataclasses.replace(
         PROBLEM, meshes=tuple(PROBLEM.meshes[i] for i in o), kinds=tuple(PROBLEM.kinds[i] for i in o), seconds=PROBLEM.seconds[:, o],
-        resident=PROBLEM.resident[:, o], activation=PROBLEM.activation[:, o], capacity=PROBLEM.capacity[o], price=PROBLEM.price[o], power=PROBLEM.power[o],
+        resident=PROBLEM.resident[:, o], activation=PROBLEM.activation[:, o], capacity=PROBLEM.capacity[o], price=PROBLEM.price[o], power=PROBLEM.power[o], depth=PROBLEM.depth[o],
         alpha=PROBLEM.alpha[np.ix_(o, o)], beta=PROBLEM.beta[np.ix_(o, o)], wire=PROBLEM.wire[np.ix_(o, o)], link_price=PROBLEM.link_price[np.ix_(o, o)],
     )  # fmt: skip
     a = evaluate(PROBLEM, PROBLEM.placement(meshes))
@@ -132,3 +132,29 @@ def test_dag_is_acyclic_and_every_value_crosses_once_a_mesh() -> None:
     keys = [(PROBLEM.flows[i].value, PROBLEM.flows[i].src, b) for i, _, b in crossings(PROBLEM, placement)]
     assert len(keys) == len(set(keys)) > 0
     assert set(PROBLEM.phase) >= {Phase.PREFILL, Phase.DECODE}
+
+
+def test_a_wafer_works_on_as_many_batches_as_it_has_layers_and_memory_for() -> None:
+    problem, _ = posed("cs3_only")
+    layers = 3  # of the tiny model, over 4 wafers: no wafer is full, and the cluster counts on one layer each
+    assert sorted(set(problem.layer) - {-1}) == list(range(layers))
+    deep = dataclasses.replace(problem, depth=np.full(len(problem.meshes), 3.0))
+    here = deep.placement(np.zeros(len(problem), int))
+    alone, e = evaluate(dataclasses.replace(problem, depth=np.ones(len(problem.meshes))), here), evaluate(deep, here)
+    assert (e.ttft, e.tpot, e.e2e, e.busy) == (alone.ttft, alone.tpot, alone.e2e, alone.busy)
+    parts = {}
+    for n, layer in enumerate(problem.layer):
+        key = int(layer) if layer >= 0 else f"node {n}"
+        parts[key] = parts.get(key, 0.0) + problem.seconds[n, 0] * problem.times[n]
+    assert e.occupied[0] == pytest.approx(max(e.busy[0] / 3, *parts.values()))
+    assert e.throughput == pytest.approx(alone.throughput * e.busy[0] / e.occupied[0]) and e.throughput > 1.5 * alone.throughput
+    assert e.usd_per_mtok < alone.usd_per_mtok and e.usd_reserved == alone.usd_reserved and e.joules_per_token < alone.joules_per_token
+    weights, batch = (float(part[0]) for part in deep.held(here))
+    tight = dataclasses.replace(deep, capacity=np.full(len(problem.meshes), weights + 1.5 * batch))
+    assert evaluate(tight, here).occupied[0] == e.busy[0]  # room for one batch beside the weights
+    assert evaluate(dataclasses.replace(deep, capacity=np.full(len(problem.meshes), weights + 2.5 * batch)), here).occupied[0] == pytest.approx(max(e.busy[0] / 2, *parts.values()))
+
+
+def test_chips_without_regions_work_on_one_batch_at_a_time() -> None:
+    problem, _ = posed("trn2_efa_cs3")
+    assert dict(zip(problem.kinds, problem.depth, strict=True)) == {"trn2": 1, "cs3": 3}  # a wafer has the three layers side by side
