@@ -108,5 +108,9 @@ class EquivalenceError(PartitionError):
     verdict: object = None
 
 
+class InstanceError(PartitionError):
+    """A file that holds no problem."""
+
+
 class OutputError(PartitionError):
     """A file cannot be read or written."""

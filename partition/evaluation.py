@@ -144,6 +144,8 @@ def groups(problem: Problem) -> tuple[list[int], list[int], list[int]]:
 
 def evaluate(problem: Problem, placement: Placement, *, record: list[Slot] | None = None) -> Estimate:
     """Every objective of a placement. With `record`, the slots of the schedule (first trips only) are appended to it."""
+    if problem.ports is not None:
+        return _through_host(problem, placement)
     before, inside, after = groups(problem)
     schedule = Schedule(problem, placement, record=record is not None)
     trips = problem.workload.trips if inside else 0
@@ -200,6 +202,48 @@ def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float
     )  # fmt: skip
 
 
+def _through_host(problem: Problem, placement: Placement) -> Estimate:
+    """What a placement gives where values pass through a host: a mesh works, gives out and takes in one after the other.
+
+    A request is done when the last mesh is: each runs all of its nodes once its inputs are there (inf where two wait for each other); nodes on
+    processors of the host run as soon as they can. Source: Tarnawski et al., NeurIPS 2020.
+    """
+    import networkx as nx
+
+    assert problem.ports is not None
+    where, ports = [int(m) for m in placement.mesh], problem.ports
+    unit = [(m, n) if ports[m] == 0 else (m, -1) for n, m in enumerate(where)]
+    busy = np.zeros(len(problem.meshes))
+    np.add.at(busy, where, problem.seconds[np.arange(len(where)), where] * problem.times)
+    took: dict[tuple[int, int], float] = {}
+    for n, u in enumerate(unit):
+        took[u] = took.get(u, 0.0) + float(problem.seconds[n, where[n]] * problem.times[n])
+    waits = np.zeros(len(problem.meshes))
+    order: nx.DiGraph[tuple[int, int]] = nx.DiGraph()
+    order.add_nodes_from(took)
+    for f in problem.flows:
+        home, cost = unit[f.src], f.nbytes * f.times
+        away = {unit[d] for d in f.dst} - {home}
+        for u in ({home} if {m for m, _ in away} - {home[0]} else set()) | {u for u in away if u[0] != home[0]}:
+            waits[u[0]] += cost * ports[u[0]]
+            took[u] += float(cost * ports[u[0]])
+        order.add_edges_from((home, u) for u in away)
+    ends: dict[tuple[int, int], float] = {}
+    try:
+        for u in nx.topological_sort(order):
+            ends[u] = took[u] + max((ends[p] for p in order.predecessors(u)), default=0.0)
+        done = max(ends.values())
+    except nx.NetworkXUnfeasible:
+        done = float("inf")
+    load, tokens = busy + waits, problem.workload.tokens
+    used, longest = sorted(set(where)), float(load.max())
+    return Estimate(
+        ttft=done, tpot=0.0, e2e=done, exposed=0.0, throughput=tokens / longest if longest > 0 else 0.0, usd_per_mtok=float(load @ problem.price) / tokens * 1e6,
+        usd_reserved=float(problem.price[used].sum()) * done / tokens * 1e6, joules_per_token=float(load @ problem.power) / tokens, busy=tuple(busy.tolist()),
+        occupied=tuple(load.tolist()), link_busy={}, link_bytes={}, memory=tuple(problem.memory(placement).tolist()),
+    )  # fmt: skip
+
+
 def under_way(problem: Problem, placement: Placement) -> list[Any]:
     """How many batches each mesh works on at once: as many as its layers side by side, and as its memory holds beside the weights; at least one."""
     weights, batch = problem.held(placement)
@@ -250,6 +294,14 @@ def verify(problem: Problem, placement: Any) -> Placement:
     if wrong := [n for n, m in problem.pins.items() if m not in placement.of(n)]:
         raise PlacementError(f"node {wrong[0]} is pinned to {problem.meshes[problem.pins[wrong[0]]]} and placed elsewhere",
                              where=problem.names[wrong[0]], mend="keep pinned nodes on their mesh")  # fmt: skip
+    if unable := [(n, m) for n in range(len(problem)) for m in placement.of(n) if not np.isfinite(problem.seconds[n, m])]:
+        n, m = unable[0]
+        raise InfeasibleError(f"{problem.meshes[m]} cannot run {problem.names[n]}", where=f"node {n}", mend="place it on a mesh that supports it")
+    if apart := [group for group in problem.together if len({placement.of(n) for n in group}) > 1]:
+        raise InfeasibleError(f"{len(apart[0])} nodes that must share a mesh are on {len({placement.of(n) for n in apart[0]})}", where=", ".join(problem.names[n] for n in apart[0][:4]),
+                              mend="place them together")  # fmt: skip
+    if problem.contiguous and (cycle := _stages_in_a_circle(problem, placement)):
+        raise InfeasibleError("the meshes are no stages in an order", where=" -> ".join(problem.meshes[m] for m in cycle), mend="give each mesh a run of the nodes")
     for i, a, b in crossings(problem, placement):
         if problem.beta[a, b] <= 0:
             f = problem.flows[i]
@@ -265,3 +317,15 @@ def verify(problem: Problem, placement: Any) -> Placement:
             mend="use more meshes or a larger cluster, another policy, a smaller batch or a shorter context",
         )  # fmt: skip
     return placement if placement.problem is problem else dataclasses.replace(placement, problem=problem)
+
+
+def _stages_in_a_circle(problem: Problem, placement: Placement) -> list[int]:
+    """Meshes of which each has a node of a phase that must stand before one of the next, the first again after the last; empty where there are none."""
+    import networkx as nx
+
+    for phase in set(problem.phase):
+        order: nx.DiGraph[int] = nx.DiGraph()
+        order.add_edges_from((int(placement.mesh[a]), int(placement.mesh[b])) for a, b in problem.precedes if problem.phase[a] is phase and placement.mesh[a] != placement.mesh[b])
+        if not nx.is_directed_acyclic_graph(order):
+            return [a for a, _ in nx.find_cycle(order)]
+    return []

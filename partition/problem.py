@@ -35,11 +35,15 @@ OBJECTIVES = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_t
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Placement:
-    """mesh[n] is the mesh number of node n of `problem`; `also` gives the other meshes of a node that is replicated."""
+    """mesh[n] is the mesh number of node n of `problem`; `also` gives the other meshes of a node that is replicated.
+
+    bound: a score (as `Estimate.score`) that no placement beats, and its proof, where the policy found one.
+    """
 
     mesh: np.ndarray
     also: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     problem: Problem | None = dataclasses.field(default=None, repr=False)
+    bound: tuple[float, str] | None = None
 
     def of(self, node: int) -> tuple[int, ...]:
         """All meshes of a node."""
@@ -56,6 +60,9 @@ class Problem:
     sender take for all of its transfers on such links together, price [m] $/s, power [m] W, link_price [m, m] $/B. depth [m]: batches that
     a mesh works on at once where its layers lie side by side (1: they do not). layer [n]: which layer a node is of (-1: none).
     pins: node -> mesh. kinds: device of each mesh.
+    ports [m] s/B: where given, values pass through a host and no links: a mesh waits so long for each byte of a value that it gives to others or
+    takes in, once each (0: a processor of the host, on which every node runs by itself). together: nodes that must share a mesh. backward: nodes
+    of a way back through the stages. contiguous: whether meshes must be stages in an order.
     measured: the (node, mesh) whose time is a user's own. layouts, op_works, times_given, trips: the split of each mesh, the work of each op, a user's
     own times, and how often loops run that do not tell, to cost it anew.
     """
@@ -83,6 +90,10 @@ class Problem:
     workload: Workload
     objective: str = "e2e"
     pins: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    ports: np.ndarray | None = None
+    together: tuple[tuple[int, ...], ...] = ()
+    backward: frozenset[int] = frozenset()
+    contiguous: bool = False
     blocks: tuple[Block, ...] = ()
     works: tuple[Work, ...] = ()
     costs: tuple[tuple[Cost, ...], ...] = ()
@@ -117,6 +128,22 @@ class Problem:
             if f.kind != "carry":
                 graph.add_edges_from(((f.src, d) for d in f.dst), bytes=f.nbytes)
         return graph
+
+    @functools.cached_property
+    def precedes(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of nodes of one phase of which the first must stand in no later stage. The way back goes through the stages in the opposite
+        order, with the nodes that its own are paired with."""
+        paired = {n for group in self.together if not self.backward.issuperset(group) for n in group}
+        found = []
+        for f in self.flows:
+            for d in f.dst:
+                if f.kind != "forward" or self.phase[f.src] is not self.phase[d] or self.region[f.src] != self.region[d]:
+                    continue
+                if f.src not in self.backward and d not in self.backward:
+                    found.append((f.src, d))
+                elif f.src in self.backward and d in self.backward and not {f.src, d} <= paired:
+                    found.append((d, f.src))
+        return tuple(found)
 
     @functools.cached_property
     def incoming(self) -> tuple[tuple[int, ...], ...]:

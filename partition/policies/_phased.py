@@ -1,0 +1,131 @@
+"""What stages of the phases of a program cost, and the candidates that `order_dp` evaluates: phases apart on meshes of their own, or together.
+
+The costs leave out what only a schedule tells (contention, overlap); so the few candidates that look best are evaluated, and the best is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from partition.chain import Chain, reduced
+from partition.errors import InfeasibleError
+from partition.evaluation import evaluate, verify
+from partition.ideals import Found, best_stages, prefixes
+from partition.phases import Phase
+from partition.policies._layers import finish
+from partition.problem import Placement, Problem
+
+_EVALUATED = 24
+"""Candidates that are evaluated at most, in the order of their approximate values."""
+
+
+def rates(problem: Problem) -> np.ndarray:
+    """What a second on each mesh counts for in the problem's objective [m]: time itself, money or energy, over the batches under way."""
+    per = {"usd_per_mtok": problem.price / problem.depth, "joules_per_token": problem.power / problem.depth, "throughput": 1 / problem.depth}
+    return per.get(problem.objective, np.ones(len(problem.meshes)))
+
+
+def weighted(problem: Problem) -> Problem:
+    """The problem with nodes that count as much as their phase does in its objective: the times to the first token leave decode out, and so on."""
+    factor = np.ones(len(problem))
+    if problem.objective in ("ttft", "tpot"):
+        other = Phase.DECODE if problem.objective == "ttft" else Phase.PREFILL
+        factor[[n for n, p in enumerate(problem.phase) if p is other]] = 1e-6  # what does not count is still laid out well
+    return dataclasses.replace(problem, seconds=problem.seconds * rates(problem)[None, :] * factor[:, None])
+
+
+def crossing(chain: Chain, order: Sequence[int]) -> np.ndarray:
+    """Seconds [i, k, k] that passing from a stage of one kind to the next adds where the first i groups of an order stand before it."""
+    problem, place = chain.problem, {g: i for i, g in enumerate(order)}
+    live, many = np.zeros(len(chain) + 1), np.zeros(len(chain) + 1)
+    for c in chain.crossings:
+        begin, end = place[c.src] + 1, max(place[g] for g in c.dst) + 1
+        live[begin:end] += c.cost
+        many[begin:end] = np.maximum(many[begin:end], max(problem.times[n] for n in chain.groups[c.src]))
+    timed = problem.objective not in ("usd_per_mtok", "joules_per_token")
+    out = np.zeros((len(chain) + 1, len(chain.kinds), len(chain.kinds)))
+    for (a, ms), (b, others) in itertools.product(enumerate(chain.kinds), repeat=2):
+        pairs = [(m, o) for m in ms for o in others if m != o]
+        alpha, beta = (max(pairs, key=lambda p: problem.beta[p]) for _ in "ab") if pairs else ((0, 0), (0, 0))
+        reachable = bool(pairs) and problem.beta[beta] > 0
+        throughput = problem.objective == "throughput"  # a link is a stage of its own
+        out[:, a, b] = (many * (0.0 if throughput else problem.alpha[alpha]) + live / problem.beta[beta]) if reachable else np.inf
+        out[:, a, b] *= 1.0 if timed or not reachable else 1e-9
+    out[[0, -1]] = 0.0
+    return out
+
+
+def solved(problem: Problem, nodes: Sequence[int]) -> tuple[Chain, Found] | None:
+    """The best stages of some nodes on any numbers of meshes, along the order of the program."""
+    worst = problem.activation[list(nodes)].max(axis=0, initial=0.0)
+    chain = reduced(problem, nodes)
+    chain = dataclasses.replace(chain, capacity=chain.capacity - worst[[ms[0] for ms in chain.kinds]])
+    found = best_stages(chain, prefixes(chain), goal="longest" if problem.objective == "throughput" else "sum", cross=crossing(chain, range(len(chain))))
+    return None if found is None else (chain, found)
+
+
+def apart(problem: Problem, prefill: Sequence[int], decode: Sequence[int]) -> Iterator[tuple[float, dict[int, int]]]:
+    """(approximate value, mesh of each node) of placements with each phase on meshes of its own."""
+    first, second = solved(problem, prefill), solved(problem, decode)
+    if first is None or second is None:
+        return
+    (chain, early), (_, late) = first, second
+    counts, join = np.array(chain.counts), max if problem.objective == "throughput" else sum
+    ways = [(join((early.values[a], late.values[b])), a, b) for a in early.values for b in late.values
+            if (np.add(a, b) <= counts).all() and np.isfinite(early.values[a]) and np.isfinite(late.values[b])]  # fmt: skip
+    for value, a, b in sorted(ways, key=lambda w: (w[0], sum(w[1]) + sum(w[2]), w[1:]))[:_EVALUATED]:
+        taken, placed = [0] * len(counts), dict[int, int]()
+        for (made, found), state in ((first, a), (second, b)):
+            for kind, groups in found.trace(state):
+                m = made.kinds[kind][taken[kind]]
+                taken[kind] += 1
+                placed |= {n: m for g in groups for n in made.groups[g]}
+        yield value, placed
+
+
+def together(problem: Problem, prefill: Sequence[int], decode: Sequence[int]) -> Iterator[tuple[float, dict[int, int]]]:
+    """The same, with each node of prefill on the mesh of the node of decode whose weights it shares."""
+    shared = problem.incidence.astype(float) * problem.resident.min(axis=1, initial=np.inf)[:, None]
+    common = shared[:, list(prefill)].T @ problem.incidence[:, list(decode)].astype(float)
+    pairs = []
+    for i, n in enumerate(prefill):
+        if (most := common[i].max(initial=0.0)) > 0:
+            alike = np.nonzero(common[i] >= most)[0]
+            near = alike[np.abs(alike / len(decode) - i / len(prefill)).argmin()]  # a table that is used at both ends pairs the near ones
+            pairs.append((n, decode[int(near)]))
+    tied = dataclasses.replace(problem, together=(*problem.together, *pairs))
+    made = solved(tied, sorted({*prefill, *decode}))
+    if made is None:
+        return
+    chain, found = made
+    for state, value in sorted(found.values.items(), key=lambda item: (item[1], sum(item[0]), item[0]))[:_EVALUATED]:
+        if np.isfinite(value):
+            yield value, {n: m for n, m in enumerate(chain.placed(found.trace(state)).mesh.tolist()) if n in set(prefill) | set(decode)}
+
+
+def best_of(problem: Problem) -> Placement | None:
+    """The best evaluated candidate; None where none is feasible."""
+    prefill, decode = problem.nodes(Phase.PREFILL), problem.nodes(Phase.DECODE)
+    decode = [n for n in decode if problem.region[n] == "body"] or decode
+    cheap = weighted(problem)
+    alone = [] if prefill and decode else [list(range(len(problem)))]
+    found: list[tuple[float, dict[int, int]]] = []
+    if alone:
+        made = solved(cheap, alone[0])
+        found = [] if made is None else [(v, dict(enumerate(made[0].placed(made[1].trace(s)).mesh.tolist()))) for s, v in made[1].values.items() if np.isfinite(v)]
+    else:
+        found = [*apart(cheap, prefill, decode), *together(cheap, prefill, decode)]
+    best: tuple[float, Placement] | None = None
+    for _, placed in sorted(found, key=lambda f: f[0])[: 2 * _EVALUATED]:
+        try:
+            placement = verify(problem, problem.placement(finish(problem, dict(placed), next(iter(placed.values())))))
+        except InfeasibleError:
+            continue
+        score = evaluate(problem, placement).score(problem.objective)
+        if best is None or score < best[0]:
+            best = (score, placement)
+    return None if best is None else best[1]

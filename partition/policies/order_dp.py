@@ -1,0 +1,84 @@
+"""order_dp: the best stages along an order of the nodes, for meshes of several kinds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from partition.chain import Chain, reduced
+from partition.errors import InfeasibleError
+from partition.ideals import Stage, best_stages, ideals, prefixes
+from partition.policies._phased import best_of
+from partition.problem import Placement, Problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Staged:
+    """Stages of a chain, and their value."""
+
+    chain: Chain
+    value: float
+    stages: tuple[Stage, ...]
+
+
+def goal(problem: Problem) -> Literal["longest", "sum"]:
+    """What of stages the problem's objective asks for: that the longest is short, or that all together are."""
+    return "longest" if problem.objective == "throughput" else "sum"
+
+
+def orders(chain: Chain) -> Iterator[list[int]]:
+    """Orders of the groups worth trying: as the program has them; depth first from the last groups; breadth first."""
+    yield list(range(len(chain)))
+    seen, order = set[int](), list[int]()
+    for end in range(len(chain)):
+        stack = [end]
+        while stack:
+            g = stack[-1]
+            waiting = [b for b in sorted(chain.before[g], reverse=True) if b not in seen]
+            if waiting:
+                stack.append(waiting[0])
+            else:
+                stack.pop()
+                if g not in seen:
+                    seen.add(g)
+                    order.append(g)
+    yield order
+    depth = [0] * len(chain)
+    for g in range(len(chain)):
+        depth[g] = 1 + max((depth[b] for b in chain.before[g]), default=0)
+    yield sorted(range(len(chain)), key=lambda g: (depth[g], g))
+
+
+_FEW = 4_000
+"""Ideals of the merged groups that are still tried all."""
+
+
+def staged(problem: Problem) -> Staged | None:
+    """The best stages along some orders, and among all ideals of merged groups where these are few; None where none fits."""
+    chain, best, by = reduced(problem), None, goal(problem)
+    for order in orders(chain):
+        best = _better(best, chain, prefixes(chain, order), by)
+    if best is not None and len(merged := reduced(problem, best=best.value if by == "longest" else 1e300, roomy=True)) < len(chain):
+        members = ideals(merged, _FEW)
+        best = best if members is None else _better(best, merged, members, by)
+    return best
+
+
+def _better(best: Staged | None, chain: Chain, members: np.ndarray, by: Literal["longest", "sum"]) -> Staged | None:
+    found = best_stages(chain, members, goal=by, best=best.value if best is not None else float("inf"))
+    return best if found is None or (best is not None and found.value >= best.value) else Staged(value=found.value, stages=found.stages, chain=chain)
+
+
+def order_dp(problem: Problem) -> Placement:
+    """Place nodes in the best ordered stages along a few orders.
+
+    O(n^2 x counts of meshes used) at most: stages longer than the best found are left out. Raises InfeasibleError where nothing fits.
+    """
+    found = staged(problem) if problem.ports is not None else None
+    placement = best_of(problem) if problem.ports is None else found.chain.placed(found.stages) if found is not None else None
+    if placement is None:
+        raise InfeasibleError("no ordered stages fit", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
+    return placement
