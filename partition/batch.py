@@ -132,7 +132,8 @@ class _Some:
                 runs.ravel()[self.at[n]] = True
             if self.leaving(n, trip) is not None:
                 self.send(n, trip)
-        return np.where(runs, self.free.reshape(shape), 0.0).max(axis=1)
+        last: np.ndarray = np.where(runs, self.free.reshape(shape), 0.0).max(axis=1)
+        return last
 
     def readers(self, i: int) -> np.ndarray:
         """bool [b, m]: the meshes, other than its maker's own, that read a flow."""
@@ -143,7 +144,8 @@ class _Some:
                 away |= self.on[d]
             else:
                 away[self.rows, self.mesh[:, d]] = True
-        return away & ~self.on[f.src]
+        elsewhere: np.ndarray = away & ~self.on[f.src]
+        return elsewhere
 
     @functools.cached_property
     def away(self) -> list[tuple[np.ndarray, np.ndarray] | None]:
@@ -151,7 +153,7 @@ class _Some:
         found = [np.nonzero(self.readers(i)) for i in range(len(self.p.flows))]
         return [(b, m) if len(b) else None for b, m in found]
 
-    def leaving(self, n: int, trip: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] | None:
+    def leaving(self, n: int, trip: int) -> Any:
         """What a node sends in a trip: (where its senders stand in [b, m], seconds of their ports, its transfers); None for nothing. Found once.
 
         A transfer: (flow, whose of the senders, where it goes in [b, m], its link in [b, m, m], seconds on it, whether others go elsewhere).
@@ -163,7 +165,7 @@ class _Some:
                 return None
             many, m = len(p.meshes), np.zeros((len(self.rows), len(p.meshes)), bool)
             for i in flows:
-                m[self.away[i]] = True  # type: ignore[index]
+                m[self.away[i]] = True
             reached = m.sum(axis=1)
             senders = np.nonzero(reached)[0]
             place, ports, found = np.zeros(len(self.rows), np.int64), np.zeros(len(senders)), []
@@ -179,9 +181,7 @@ class _Some:
         return self.sends[n, trip < 0]
 
     def send(self, n: int, trip: int) -> None:
-        sent = self.leaving(n, trip)
-        assert sent is not None
-        home, ports, transfers = sent
+        home, ports, transfers = self.leaving(n, trip)
         made = np.maximum(self.free[home], self.ports_free[home])
         closing = made + ports
         self.ports_free[home] = closing

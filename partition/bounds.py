@@ -6,10 +6,10 @@ All rest on two facts: a node takes at least its fastest mesh's seconds, and tra
 from __future__ import annotations
 
 import dataclasses
-
-import numpy as np
+import math
 
 from partition.evaluation import groups
+from partition.paths import cycle_bound, longest, path_bound
 from partition.problem import Problem
 
 
@@ -21,8 +21,9 @@ class Bound:
     proof: str
 
     def gap(self, reached: float) -> float:
-        """(reached - bound) / |reached|, 0 where the bound is met."""
-        return 0.0 if reached == self.score else max(0.0, (reached - self.score) / abs(reached)) if reached else float("inf")
+        """How far the score may be from the best: the share of a time or of money that is too much, or of a rate that is missing; 0 where the bound is met."""
+        whole = max(abs(reached), abs(self.score))
+        return 0.0 if reached == self.score else max(0.0, (reached - self.score) / whole) if math.isfinite(whole) else float("inf")
 
 
 def critical_path(problem: Problem, nodes: list[int]) -> float:
@@ -37,24 +38,28 @@ def critical_path(problem: Problem, nodes: list[int]) -> float:
 
 
 def lower_bound(problem: Problem) -> Bound:
-    """The best bound known for the problem's objective. Source: critical path and area bounds of list scheduling (Graham, 1969)."""
+    """The best bound known for the problem's objective. Source: critical path and area bounds of list scheduling (Graham, 1969); `paths`."""
     before, inside, after = groups(problem)
     trips = problem.workload.trips if inside else 0
-    if problem.objective == "ttft":
-        return Bound(score=critical_path(problem, before), proof="critical path of prefill on the fastest mesh of each node")
-    fastest = problem.seconds.min(axis=1)
-    cycle = _cycle(problem, inside, fastest) if trips > 1 else 0.0
-    if problem.objective == "tpot":
-        return Bound(score=cycle if trips > 1 else 0.0, proof="longest carry cycle of one trip on the fastest mesh of each node")
-    if problem.objective == "e2e":
-        first = critical_path(problem, before)
-        return Bound(score=max(first + cycle * max(0, trips - 1), critical_path(problem, before + inside + after)),
-                     proof="critical path of prefill, then trips of the longest carry cycle")  # fmt: skip
+    if problem.ports is None and problem.objective in ("ttft", "tpot", "e2e"):
+        first = path_bound(problem, longest(problem, before))
+        cycle, body = _cycle(problem, inside) if trips > 1 else (0.0, ())
+        if problem.objective == "ttft":
+            return Bound(score=first, proof="longest path of prefill, with the crossings that memory forces")
+        if problem.objective == "tpot":
+            return Bound(score=cycle, proof="longest carry cycle of one trip, with the crossings that memory forces")
+        head = longest(problem, before)[-1:]
+        entered = bool(body) and any(f.src in head and f.kind == "handoff" and body[0] in f.dst for f in problem.flows)
+        trip = path_bound(problem, body) if entered else 0.0
+        return Bound(score=max(first + trip + cycle * max(0, trips - 1), critical_path(problem, before + inside + after)),
+                     proof="longest path of prefill, then trips of the longest carry cycle, with the crossings that memory forces")  # fmt: skip
+    if problem.objective in ("ttft", "tpot", "e2e"):
+        return Bound(score=0.0 if problem.objective == "tpot" else critical_path(problem, list(range(len(problem)))), proof="critical path, each node on its fastest mesh")
     times = problem.times.astype(float)
     kept = problem.seconds / problem.depth[None, :]  # a batch keeps a mesh from others for no less than this of what it does there
     if problem.objective == "throughput":
         area = float((kept.min(axis=1) * times).sum()) / len(problem.meshes)
-        biggest = float((fastest * times).max(initial=0.0))
+        biggest = float((problem.seconds.min(axis=1) * times).max(initial=0.0))
         proof = "area: all work shared evenly by the fastest meshes" if area >= biggest else "biggest node on its fastest mesh"
         return Bound(score=-problem.workload.tokens / max(area, biggest, 1e-30), proof=proof)
     if problem.objective == "joules_per_token":
@@ -64,19 +69,16 @@ def lower_bound(problem: Problem) -> Bound:
     return Bound(score=cheapest / problem.workload.tokens * 1e6, proof="every node on the mesh where it costs least, transfers free")
 
 
-def _cycle(problem: Problem, inside: list[int], fastest: np.ndarray) -> float:
-    """The longest path that closes through one carry: two trips in a row cannot start it closer together."""
-    best, members = 0.0, set(inside)
+def _cycle(problem: Problem, inside: list[int]) -> tuple[float, tuple[int, ...]]:
+    """(seconds, nodes) of the longest path that closes through one carry: two trips in a row cannot start it closer together."""
     carries = [f for f in problem.flows if f.kind == "carry"]
-    starts = {d for f in carries for d in f.dst}
-    if len(inside) == 1:
-        return float(fastest[inside[0]])
-    for start in sorted(starts)[:8]:
-        end: dict[int, float] = {start: float(fastest[start])}
-        for n in inside:
-            ready = [end[problem.flows[i].src] for i in problem.incoming[n]
-                     if problem.flows[i].kind != "carry" and problem.flows[i].src in end and problem.flows[i].src in members]  # fmt: skip
-            if ready and n != start:
-                end[n] = max(ready) + float(fastest[n])
-        best = max([best, *(end[f.src] for f in carries if start in f.dst and f.src in end)])
-    return max(best, max((float(fastest[n]) for n in inside), default=0.0) if starts else 0.0)
+    best: tuple[float, tuple[int, ...]] = (0.0, ())
+    for start in sorted({d for f in carries for d in f.dst})[:8]:
+        ends = {f.src for f in carries if start in f.dst}
+        last = [n for n in inside if n in ends]
+        for end in last[-1:]:
+            path = longest(problem, [n for n in inside if start <= n <= end], start)
+            if path and path[-1] == end and path[0] == start:
+                best = max(best, (cycle_bound(problem, path), path))
+    alone = max(((float(problem.seconds[n].min()), (n,)) for n in inside), default=(0.0, ())) if carries else (0.0, ())
+    return max(best, alone)

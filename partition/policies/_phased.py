@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from partition.chain import Chain, reduced
 from partition.errors import InfeasibleError
 from partition.evaluation import evaluate, verify
-from partition.ideals import Found, best_stages, prefixes
+from partition.ideals import Found, best_stages
 from partition.phases import Phase
 from partition.policies._layers import finish
 from partition.problem import Placement, Problem
+
+Ends = Callable[[Chain], np.ndarray]
+"""The ideals of a chain, bool [i, g], at which stages may end."""
 
 _EVALUATED = 24
 """Candidates that are evaluated at most, in the order of their approximate values."""
@@ -26,7 +29,8 @@ _EVALUATED = 24
 def rates(problem: Problem) -> np.ndarray:
     """What a second on each mesh counts for in the problem's objective [m]: time itself, money or energy, over the batches under way."""
     per = {"usd_per_mtok": problem.price / problem.depth, "joules_per_token": problem.power / problem.depth, "throughput": 1 / problem.depth}
-    return per.get(problem.objective, np.ones(len(problem.meshes)))
+    found: np.ndarray = per.get(problem.objective, np.ones(len(problem.meshes)))
+    return found
 
 
 def weighted(problem: Problem) -> Problem:
@@ -38,39 +42,41 @@ def weighted(problem: Problem) -> Problem:
     return dataclasses.replace(problem, seconds=problem.seconds * rates(problem)[None, :] * factor[:, None])
 
 
-def crossing(chain: Chain, order: Sequence[int]) -> np.ndarray:
-    """Seconds [i, k, k] that passing from a stage of one kind to the next adds where the first i groups of an order stand before it."""
-    problem, place = chain.problem, {g: i for i, g in enumerate(order)}
-    live, many = np.zeros(len(chain) + 1), np.zeros(len(chain) + 1)
+def crossing(chain: Chain, members: np.ndarray) -> np.ndarray:
+    """Seconds [i, k, k] that passing from a stage of one kind to the next adds where the groups of ideal i stand before it."""
+    problem = chain.problem
+    live, many = np.zeros(len(members)), np.zeros(len(members))
     for c in chain.crossings:
-        begin, end = place[c.src] + 1, max(place[g] for g in c.dst) + 1
-        live[begin:end] += c.cost
-        many[begin:end] = np.maximum(many[begin:end], max(problem.times[n] for n in chain.groups[c.src]))
+        alive = members[:, c.src] & ~members[:, c.dst].all(axis=1)
+        live += alive * c.cost
+        many = np.maximum(many, alive * max(problem.times[n] for n in chain.groups[c.src]))
     timed = problem.objective not in ("usd_per_mtok", "joules_per_token")
-    out = np.zeros((len(chain) + 1, len(chain.kinds), len(chain.kinds)))
+    out = np.zeros((len(members), len(chain.kinds), len(chain.kinds)))
     for (a, ms), (b, others) in itertools.product(enumerate(chain.kinds), repeat=2):
         pairs = [(m, o) for m in ms for o in others if m != o]
-        alpha, beta = (max(pairs, key=lambda p: problem.beta[p]) for _ in "ab") if pairs else ((0, 0), (0, 0))
-        reachable = bool(pairs) and problem.beta[beta] > 0
-        throughput = problem.objective == "throughput"  # a link is a stage of its own
-        out[:, a, b] = (many * (0.0 if throughput else problem.alpha[alpha]) + live / problem.beta[beta]) if reachable else np.inf
-        out[:, a, b] *= 1.0 if timed or not reachable else 1e-9
-    out[[0, -1]] = 0.0
+        best = max(pairs, key=lambda p: problem.beta[p], default=None)
+        if best is None or problem.beta[best] <= 0:
+            out[:, a, b] = np.inf
+            continue
+        alpha = 0.0 if problem.objective == "throughput" else problem.alpha[best]  # a link is a stage of its own
+        out[:, a, b] = (many * alpha + live / problem.beta[best]) * (1.0 if timed else 1e-9)
+    out[~members.any(axis=1) | members.all(axis=1)] = 0.0
     return out
 
 
-def solved(problem: Problem, nodes: Sequence[int]) -> tuple[Chain, Found] | None:
-    """The best stages of some nodes on any numbers of meshes, along the order of the program."""
+def solved(problem: Problem, nodes: Sequence[int], ends: Ends) -> tuple[Chain, Found] | None:
+    """The best stages of some nodes on any numbers of meshes that end where `ends` says."""
     worst = problem.activation[list(nodes)].max(axis=0, initial=0.0)
     chain = reduced(problem, nodes)
     chain = dataclasses.replace(chain, capacity=chain.capacity - worst[[ms[0] for ms in chain.kinds]])
-    found = best_stages(chain, prefixes(chain), goal="longest" if problem.objective == "throughput" else "sum", cross=crossing(chain, range(len(chain))))
+    members = ends(chain)
+    found = best_stages(chain, members, goal="longest" if problem.objective == "throughput" else "sum", cross=crossing(chain, members))
     return None if found is None else (chain, found)
 
 
-def apart(problem: Problem, prefill: Sequence[int], decode: Sequence[int]) -> Iterator[tuple[float, dict[int, int]]]:
+def apart(problem: Problem, prefill: Sequence[int], decode: Sequence[int], ends: Ends) -> Iterator[tuple[float, dict[int, int]]]:
     """(approximate value, mesh of each node) of placements with each phase on meshes of its own."""
-    first, second = solved(problem, prefill), solved(problem, decode)
+    first, second = solved(problem, prefill, ends), solved(problem, decode, ends)
     if first is None or second is None:
         return
     (chain, early), (_, late) = first, second
@@ -87,7 +93,7 @@ def apart(problem: Problem, prefill: Sequence[int], decode: Sequence[int]) -> It
         yield value, placed
 
 
-def together(problem: Problem, prefill: Sequence[int], decode: Sequence[int]) -> Iterator[tuple[float, dict[int, int]]]:
+def together(problem: Problem, prefill: Sequence[int], decode: Sequence[int], ends: Ends) -> Iterator[tuple[float, dict[int, int]]]:
     """The same, with each node of prefill on the mesh of the node of decode whose weights it shares."""
     shared = problem.incidence.astype(float) * problem.resident.min(axis=1, initial=np.inf)[:, None]
     common = shared[:, list(prefill)].T @ problem.incidence[:, list(decode)].astype(float)
@@ -98,7 +104,7 @@ def together(problem: Problem, prefill: Sequence[int], decode: Sequence[int]) ->
             near = alike[np.abs(alike / len(decode) - i / len(prefill)).argmin()]  # a table that is used at both ends pairs the near ones
             pairs.append((n, decode[int(near)]))
     tied = dataclasses.replace(problem, together=(*problem.together, *pairs))
-    made = solved(tied, sorted({*prefill, *decode}))
+    made = solved(tied, sorted({*prefill, *decode}), ends)
     if made is None:
         return
     chain, found = made
@@ -107,18 +113,18 @@ def together(problem: Problem, prefill: Sequence[int], decode: Sequence[int]) ->
             yield value, {n: m for n, m in enumerate(chain.placed(found.trace(state)).mesh.tolist()) if n in set(prefill) | set(decode)}
 
 
-def best_of(problem: Problem) -> Placement | None:
-    """The best evaluated candidate; None where none is feasible."""
+def best_of(problem: Problem, ends: Ends) -> Placement | None:
+    """The best evaluated candidate whose stages end where `ends` says; None where none is feasible."""
     prefill, decode = problem.nodes(Phase.PREFILL), problem.nodes(Phase.DECODE)
     decode = [n for n in decode if problem.region[n] == "body"] or decode
     cheap = weighted(problem)
     alone = [] if prefill and decode else [list(range(len(problem)))]
     found: list[tuple[float, dict[int, int]]] = []
     if alone:
-        made = solved(cheap, alone[0])
+        made = solved(cheap, alone[0], ends)
         found = [] if made is None else [(v, dict(enumerate(made[0].placed(made[1].trace(s)).mesh.tolist()))) for s, v in made[1].values.items() if np.isfinite(v)]
     else:
-        found = [*apart(cheap, prefill, decode), *together(cheap, prefill, decode)]
+        found = [*apart(cheap, prefill, decode, ends), *together(cheap, prefill, decode, ends)]
     best: tuple[float, Placement] | None = None
     for _, placed in sorted(found, key=lambda f: f[0])[: 2 * _EVALUATED]:
         try:

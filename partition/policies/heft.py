@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from partition.errors import InfeasibleError
-from partition.policies._room import Room
+from partition.policies._room import Room, arrivals
 from partition.problem import Placement, Problem
 
 
@@ -14,11 +14,13 @@ def heft(problem: Problem) -> Placement:
 
     O(n m + edges) time. A node of the token loop counts all its trips. Raises InfeasibleError where a node finds no mesh with room.
     """
-    n, meshes = len(problem), range(len(problem.meshes))
+    n = len(problem)
     weight = problem.seconds * problem.times[:, None]
+    able = np.isfinite(weight)
     off = ~np.eye(len(problem.meshes), dtype=bool) & (problem.beta > 0)
     alpha, rate = (float(problem.alpha[off].mean()), float((1 / problem.beta[off]).mean())) if off.any() else (0.0, 0.0)
-    rank = weight.mean(axis=1)
+    rate = 2 * float(problem.ports.mean()) if problem.ports is not None else rate
+    rank = np.where(able, weight, 0.0).sum(axis=1) / np.maximum(able.sum(axis=1), 1)
     leaving: list[list[int]] = [[] for _ in range(n)]
     for i, f in enumerate(problem.flows):
         if f.kind != "carry":
@@ -29,21 +31,11 @@ def heft(problem: Problem) -> Placement:
     free, end, mesh, room = np.zeros(len(problem.meshes)), np.zeros(n), np.zeros(n, np.int64), Room(problem)
     for v in sorted(range(n), key=lambda v: (-rank[v], v)):
         best: tuple[float, int] | None = None
-        for m in meshes if v not in problem.pins else [problem.pins[v]]:
+        ready = arrivals(problem, v, mesh, end)
+        for m in room.meshes(v):
             if not room.fits(v, m):
                 continue
-            ready = 0.0
-            for i in problem.incoming[v]:
-                f = problem.flows[i]
-                if f.kind == "carry":
-                    continue
-                crosses = mesh[f.src] != m
-                if crosses and problem.beta[mesh[f.src], m] <= 0:
-                    ready = np.inf
-                    break
-                pause = problem.alpha[mesh[f.src], m] + f.nbytes / problem.beta[mesh[f.src], m] if crosses else 0.0
-                ready = max(ready, end[f.src] + float(pause) * f.times)
-            finish = max(ready, free[m]) + float(weight[v, m])
+            finish = max(float(ready[m]), free[m]) + float(weight[v, m])
             if np.isfinite(finish) and (best is None or finish < best[0]):
                 best = (finish, m)
         if best is None:

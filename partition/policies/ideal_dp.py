@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from partition.chain import reduced
+import numpy as np
+
+from partition.chain import Chain, reduced
 from partition.errors import InfeasibleError, PlacementError
 from partition.ideals import best_stages, ideals
+from partition.policies._phased import best_of
 from partition.policies.order_dp import goal, staged
 from partition.problem import Placement, Problem
 
@@ -14,20 +17,28 @@ MOST = 300_000
 """Ideals that are tried at most."""
 
 
-def ideal_dp(problem: Problem) -> Placement:
-    """Place a problem whose values pass through a host in the best of all ordered stages.
+def every(chain: Chain) -> np.ndarray:
+    """All ideals of a chain, bool [i, g]. Raises PlacementError where they are too many."""
+    if (members := ideals(chain, MOST)) is None:
+        raise PlacementError(f"more than {MOST:,} sets of nodes may end a stage", where=f"policy ideal_dp, {len(chain)} groups", mend="use the policy 'order_dp'")
+    return members
 
-    O(ideals^2 x counts of meshes used), the ideals being those that the value of `order_dp` leaves. Raises PlacementError where they are too
-    many, or where values cross links; InfeasibleError where nothing fits. Source: Tarnawski et al., NeurIPS 2020; the reductions are of `chain`.
+
+def ideal_dp(problem: Problem) -> Placement:
+    """Place a problem in the best of all ordered stages.
+
+    Exact where values pass through a host; where they cross links, as good as what `order_dp` holds stages to cost. O(ideals^2 x counts of meshes
+    used), the ideals being those that the value of `order_dp` leaves. Raises PlacementError where they are too many, InfeasibleError where nothing
+    fits. Source: Tarnawski et al., NeurIPS 2020; the reductions are those of `chain`.
     """
     if problem.ports is None:
-        raise PlacementError("ideal_dp is for problems whose values pass through a host", where="policy ideal_dp", mend="use the policy 'order_dp'")
+        if (placement := best_of(problem, every)) is None:
+            raise InfeasibleError("no ordered stages fit", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
+        return placement
     first = staged(problem)
     best, by = (first.value, goal(problem)) if first is not None else (float("inf"), goal(problem))
     chain = reduced(problem, best=best if by == "longest" else float("inf"))
-    members = ideals(chain, MOST)
-    if members is None:
-        raise PlacementError(f"more than {MOST:,} sets of nodes may end a stage", where=f"policy ideal_dp, {len(chain)} groups", mend="use the policy 'order_dp'")
+    members = every(chain)
     found = best_stages(chain, members, goal=by, best=best * (1 + 1e-9))
     if found is None:
         raise InfeasibleError("no ordered stages fit", where=f"{len(chain)} groups on {', '.join(map(str, chain.counts))} meshes", mend="use more meshes or larger ones")

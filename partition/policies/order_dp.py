@@ -78,7 +78,7 @@ def order_dp(problem: Problem) -> Placement:
     O(n^2 x counts of meshes used) at most: stages longer than the best found are left out. Raises InfeasibleError where nothing fits.
     """
     found = staged(problem) if problem.ports is not None else None
-    placement = best_of(problem) if problem.ports is None else found.chain.placed(found.stages) if found is not None else None
+    placement = best_of(problem, prefixes) if problem.ports is None else found.chain.placed(found.stages) if found is not None else None
     if placement is None:
         raise InfeasibleError("no ordered stages fit", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
     return placement

@@ -16,7 +16,8 @@ def random(problem: Problem, *, seed: int = 0) -> Placement:
     rng = np.random.default_rng(seed)
     room, seen = Room(problem), []
     for n in range(len(problem)):
-        order = [problem.pins[n]] if n in problem.pins else rng.permutation(len(problem.meshes)).tolist()
+        allowed = room.meshes(n)
+        order = [m for m in rng.permutation(len(problem.meshes)).tolist() if m in allowed] if n not in problem.pins else allowed
         seen.append(next((m for m in order if room.fits(n, m)), -1))
         if seen[-1] < 0:
             raise InfeasibleError(f"node {n} finds no mesh with room", where=problem.names[n], mend="use a larger cluster or another seed")

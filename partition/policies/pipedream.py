@@ -1,0 +1,38 @@
+"""pipedream: stages that end only where one node alone passes on all that follows needs (Harlap et al., PipeDream, SOSP 2019)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from partition.chain import Chain, reduced
+from partition.errors import InfeasibleError
+from partition.ideals import best_stages
+from partition.policies._phased import best_of
+from partition.policies.order_dp import goal
+from partition.problem import Placement, Problem
+
+
+def single_ends(chain: Chain) -> np.ndarray:
+    """The ideals of the chain's order, bool [i, g], after which no edge goes on but from the last group in them."""
+    n, over = len(chain), np.zeros(len(chain) + 2, int)
+    for g, earlier in enumerate(chain.before):
+        for b in earlier:
+            over[b + 2] += 1
+            over[g + 1] -= 1
+    passing = np.cumsum(over)
+    ends = np.array([i for i in range(n + 1) if i in (0, n) or passing[i] == 0])
+    members: np.ndarray = np.arange(n)[None, :] < ends[:, None]
+    return members
+
+
+def pipedream(problem: Problem) -> Placement:
+    """Place the best ordered stages that end at single nodes through which every path goes. O(n^2) time. Raises InfeasibleError where none fit."""
+    if problem.ports is None:
+        placement = best_of(problem, single_ends)
+    else:
+        chain = reduced(problem)
+        found = best_stages(chain, single_ends(chain), goal=goal(problem))
+        placement = None if found is None else chain.placed(found.stages)
+    if placement is None:
+        raise InfeasibleError("no stages between single nodes fit", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use the policy 'order_dp'")
+    return placement
