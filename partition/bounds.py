@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+
+from partition.chain import kinds, reduced
 from partition.evaluation import groups
 from partition.paths import cycle_bound, longest, path_bound
 from partition.problem import Problem
@@ -58,9 +61,8 @@ def lower_bound(problem: Problem) -> Bound:
     times = problem.times.astype(float)
     kept = problem.seconds / problem.depth[None, :]  # a batch keeps a mesh from others for no less than this of what it does there
     if problem.objective == "throughput":
-        area = float((kept.min(axis=1) * times).sum()) / len(problem.meshes)
-        biggest = float((problem.seconds.min(axis=1) * times).max(initial=0.0))
-        proof = "area: all work shared evenly by the fastest meshes" if area >= biggest else "biggest node on its fastest mesh"
+        area, biggest = _area(problem, kept * times[:, None])
+        proof = "area: all work shared out over the meshes as a linear program can" if area >= biggest else "nodes that stay together, on their fastest mesh"
         return Bound(score=-problem.workload.tokens / max(area, biggest, 1e-30), proof=proof)
     if problem.objective == "joules_per_token":
         least = float((kept * problem.power[None, :]).min(axis=1) @ times)
@@ -82,3 +84,43 @@ def _cycle(problem: Problem, inside: list[int]) -> tuple[float, tuple[int, ...]]
                 best = max(best, (cycle_bound(problem, path), path))
     alone = max(((float(problem.seconds[n].min()), (n,)) for n in inside), default=(0.0, ())) if carries else (0.0, ())
     return max(best, alone)
+
+
+def _area(problem: Problem, work: np.ndarray) -> tuple[float, float]:
+    """(the least time in which meshes can do all work between them, parts of groups and memory allowed; the biggest group on its fastest mesh) [s].
+
+    work: [n, m] s. Source: the assignment relaxation of scheduling on unrelated machines (Lenstra, Shmoys and Tardos, 1990).
+    """
+    import scipy.optimize
+    import scipy.sparse
+
+    chain = reduced(dataclasses.replace(problem, contiguous=False, backward=frozenset(range(len(problem))))) if problem.together else None
+    members = chain.groups if chain is not None else tuple((n,) for n in range(len(problem)))
+    alike = kinds(problem)
+    first, counts = [ms[0] for ms in alike], np.array(list(map(len, alike)), float)
+    loads = np.array([work[list(nodes)][:, first].sum(axis=0) for nodes in members])
+    size = np.zeros_like(loads)
+    of = {n: g for g, nodes in enumerate(members) for n in nodes}
+    for r, resident in enumerate(problem.residents):
+        if len(users := {of[n] for n in resident.blocks}) == 1:
+            size[users.pop()] += problem.resident[r, first]
+    biggest = max((float(row[np.isfinite(row)].min()) for row in loads), default=0.0)
+    groups, width = len(members), len(alike)
+    able, scale = np.isfinite(loads), float(loads[np.isfinite(loads)].max(initial=0.0)) or 1.0
+    index = np.arange(groups * width).reshape(groups, width)
+    once = scipy.sparse.csr_matrix((np.ones(groups * width), (np.repeat(np.arange(groups), width), index.ravel())), shape=(groups, groups * width + 1))
+    rows, limits = [], []
+    for k in range(width):
+        line = np.zeros(groups * width + 1)
+        line[index[:, k]], line[-1] = np.where(able[:, k], loads[:, k], 0.0) / scale, -counts[k]
+        rows.append(line)
+        limits.append(0.0)
+        if np.isfinite(room := problem.capacity[first[k]] * counts[k]) and room > 0:
+            line = np.zeros(groups * width + 1)
+            line[index[:, k]] = size[:, k] / room
+            rows.append(line)
+            limits.append(1.0)
+    bounds = [(0.0, 1.0 if ok else 0.0) for ok in able.ravel()] + [(0.0, None)]
+    found = scipy.optimize.linprog(np.eye(1, groups * width + 1, groups * width)[0], A_ub=np.array(rows), b_ub=limits, A_eq=once, b_eq=np.ones(groups), bounds=bounds, method="highs")
+    least = np.where(able, loads, np.inf).min(axis=1).sum() / counts.sum()
+    return max(float(least), float(found.fun) * scale * (1 - 1e-9)) if found.success else float(least), biggest

@@ -177,7 +177,7 @@ def compare_command(
     with progress() as say:
         say(f"trace {model}")
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)
-        problem = pose(tag(trace(fn, *args)), machines, objective=objective, trips=trips)
+        problem = pose(tag(trace(fn, *args)), machines, objective=objective, trips=trips, sharding=sharding)  # type: ignore[arg-type]
         say("place")
         results = compare({model: problem}, names)
     if as_json:
@@ -195,6 +195,51 @@ def compare_command(
     for r in results:
         if r.estimate is None:
             print(f"{r.policy}: {r.why_not}")
+
+
+@app.command("bench")
+def bench_command(
+    files: Annotated[Optional[list[Path]], typer.Argument(help="instance files of msr-fiddle/dnn-partitioning")] = None,  # noqa: UP045
+    suite: Annotated[Optional[str], typer.Option("--suite", help="a suite of made problems that never changes, such as v1")] = None,  # noqa: UP045
+    policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); portfolio by default")] = None,  # noqa: UP045
+    objective: Annotated[str, typer.Option("--objective", help="throughput (the longest load), or e2e (one request)")] = "throughput",
+    contiguous: Annotated[bool, typer.Option("--contiguous", help="meshes must be stages in an order")] = False,
+    seconds: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take for a problem [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Compare policies on problems from files and suites."""
+    import dataclasses
+
+    from partition import instances, suites
+    from partition.bench import Result, compare, profile
+    from partition.errors import NameUnknownError
+    from partition.problem import OBJECTIVES
+    from partition.tables import table
+    from partition.units import seconds as spoken
+
+    if objective not in OBJECTIVES:
+        raise NameUnknownError.among("objective", objective, OBJECTIVES)
+    problems = {path.stem if [f.stem for f in files or []].count(path.stem) == 1 else str(path): instances.read(path) for path in files or []}
+    problems |= suites.suite(suite) if suite is not None else {}
+    if not problems:
+        raise typer.BadParameter("name instance files, or --suite v1")
+    problems = {name: dataclasses.replace(p, objective=objective, contiguous=contiguous) for name, p in problems.items()}
+    with progress() as say:
+        results = compare(problems, policy or ["portfolio"], seconds=seconds, progress=say)
+
+    def value(r: Result) -> float:
+        return -1 / r.score if r.score < 0 else r.score
+
+    if as_json:
+        print(json.dumps([{"problem": r.problem, "digest": suites.digest(problems[r.problem]), "policy": r.policy, "seconds": r.seconds, "value": None if r.estimate is None else value(r),
+                           "gap": r.gap, "proof": r.proof, "why_not": r.why_not} for r in results]))  # fmt: skip
+        return
+    lines = [(r.problem, r.policy, spoken(r.seconds), "-" if r.estimate is None else f"{value(r):.6g}", "-" if r.gap is None else f"{100 * r.gap:.2f} %", r.why_not or r.proof) for r in results]
+    what = "the longest load" if objective == "throughput" else objective
+    print(table(f"{what}, in the problem's own unit", ("problem", "policy", "placed in", "value", "gap at most", "what"), lines))
+    if len(problems) > 1 and len({r.policy for r in results}) > 1:
+        print(table("Share of the problems on which a policy comes within a factor of the best", ("policy", "1", "1.01", "1.05", "1.2", "2"),
+                    [(name, *(f"{100 * x:.0f} %" for x in shares)) for name, shares in profile(results).items()]))  # fmt: skip
 
 
 @app.command("validate")

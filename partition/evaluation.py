@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,10 +143,19 @@ def groups(problem: Problem) -> tuple[list[int], list[int], list[int]]:
     return list(range(inside[0])), inside, list(range(inside[-1] + 1, len(problem)))
 
 
+WATCH: contextvars.ContextVar[Callable[[Problem, Placement, Estimate], None] | None] = contextvars.ContextVar("WATCH", default=None)
+"""What is told every placement that is evaluated, where somebody listens."""
+
+
 def evaluate(problem: Problem, placement: Placement, *, record: list[Slot] | None = None) -> Estimate:
     """Every objective of a placement. With `record`, the slots of the schedule (first trips only) are appended to it."""
-    if problem.ports is not None:
-        return _through_host(problem, placement)
+    found = _through_host(problem, placement) if problem.ports is not None else _over_links(problem, placement, record)
+    if (watch := WATCH.get()) is not None:
+        watch(problem, placement, found)
+    return found
+
+
+def _over_links(problem: Problem, placement: Placement, record: list[Slot] | None) -> Estimate:
     before, inside, after = groups(problem)
     schedule = Schedule(problem, placement, record=record is not None)
     trips = problem.workload.trips if inside else 0

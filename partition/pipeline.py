@@ -29,6 +29,7 @@ from partition.errors import NameUnknownError, OutputError, PartitionError, Plac
 from partition.evaluation import Estimate, evaluate, verify
 from partition.flow import Flow, Resident
 from partition.hardware import Cluster
+from partition.limits import within
 from partition.phases import Phase
 from partition.policies import POLICIES, Policy
 from partition.problem import Placement, Problem
@@ -236,11 +237,11 @@ def model_names() -> list[str]:
     return sorted(p.name for p in importlib.metadata.entry_points(group="partition.models"))
 
 
-def place(problem: Problem, how: str | Policy, **options: Any) -> Placement:
-    """Run a policy and hold its placement to the problem. Raises PlacementError for a policy that fails, InfeasibleError."""
+def place(problem: Problem, how: str | Policy, *, seconds: float | None = None, **options: Any) -> Placement:
+    """Run a policy, for `seconds` at most where given, and hold its placement to the problem. Raises PlacementError for a policy that fails, InfeasibleError."""
     chosen = policy(how)
     try:
-        placement = chosen(problem, **options)
+        placement = chosen(problem, **options) if seconds is None else within(seconds, chosen, problem, **options)
     except PartitionError:
         raise
     except (Exception, SystemExit) as error:

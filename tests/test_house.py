@@ -16,8 +16,8 @@ FLOORS = {
     "profiles": 2, "_jax": 2,  "work": 2, "collectives": 2, "catalogue": 2, "loops": 2,
     "joint": 3, "passes": 3, "rules": 3, "sharding": 3,
     "anatomy": 4, "phases": 4, "program": 4, "costs": 4, "coarsen": 5, "measured": 5, "pricing": 6, "flow": 6,
-    "problem": 7, "evaluation": 8, "bounds": 9, "timeline": 9, "stages": 9, "dispatch": 10,
-    "policies": 10, "execution": 11, "pipeline": 12, "scaling": 13, "divergence": 12, "equivalence": 13, "swings": 13, "bench": 13, "explanation": 13, "fidelity": 13, "reporting": 14,
+    "problem": 7, "evaluation": 8, "chain": 8, "instances": 8, "batch": 9, "limits": 9, "suites": 8, "ideals": 9, "paths": 9, "bounds": 10, "timeline": 9, "stages": 9, "dispatch": 10,
+    "policies": 11, "execution": 11, "pipeline": 12, "scaling": 13, "divergence": 12, "equivalence": 13, "swings": 13, "bench": 13, "explanation": 13, "fidelity": 13, "reporting": 14,
     "demo": 15, "__init__": 15, "cli": 16, "__main__": 17,
 }  # fmt: skip
 """Floor of every spine file; an import at module level goes strictly down (rooms may import their own)."""

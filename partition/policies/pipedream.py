@@ -13,12 +13,12 @@ from partition.problem import Placement, Problem
 
 
 def single_ends(chain: Chain) -> np.ndarray:
-    """The ideals of the chain's order, bool [i, g], after which no edge goes on but from the last group in them."""
+    """The ideals of the chain's order, bool [i, g], after which nothing that costs goes on but from the last group in them."""
     n, over = len(chain), np.zeros(len(chain) + 2, int)
-    for g, earlier in enumerate(chain.before):
-        for b in earlier:
-            over[b + 2] += 1
-            over[g + 1] -= 1
+    for c in chain.crossings:
+        if c.cost > 0 and max(c.dst) > c.src:
+            over[c.src + 2] += 1
+            over[max(max(c.dst) + 1, c.src + 2)] -= 1
     passing = np.cumsum(over)
     ends = np.array([i for i in range(n + 1) if i in (0, n) or passing[i] == 0])
     members: np.ndarray = np.arange(n)[None, :] < ends[:, None]
