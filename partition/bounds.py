@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from partition.chain import kinds, reduced
+from partition.chain import kinds
 from partition.evaluation import groups
 from partition.paths import cycle_bound, longest, path_bound
 from partition.problem import Problem
@@ -58,11 +58,15 @@ def lower_bound(problem: Problem) -> Bound:
                      proof="longest path of prefill, then trips of the longest carry cycle, with the crossings that memory forces")  # fmt: skip
     if problem.objective in ("ttft", "tpot", "e2e"):
         return Bound(score=0.0 if problem.objective == "tpot" else critical_path(problem, list(range(len(problem)))), proof="critical path, each node on its fastest mesh")
+    if problem.rates is not None:
+        from partition.flood import capped
+
+        return Bound(score=-capped(problem), proof="capped capacity of the machines")
     times = problem.times.astype(float)
     kept = problem.seconds / problem.depth[None, :]  # a batch keeps a mesh from others for no less than this of what it does there
     if problem.objective == "throughput":
         area, biggest = _area(problem, kept * times[:, None])
-        proof = "area: all work shared out over the meshes as a linear program can" if area >= biggest else "nodes that stay together, on their fastest mesh"
+        proof = "area (linear program)" if area >= biggest else "biggest group on its fastest mesh"
         return Bound(score=-problem.workload.tokens / max(area, biggest, 1e-30), proof=proof)
     if problem.objective == "joules_per_token":
         least = float((kept * problem.power[None, :]).min(axis=1) @ times)
@@ -91,11 +95,15 @@ def _area(problem: Problem, work: np.ndarray) -> tuple[float, float]:
 
     work: [n, m] s. Source: the assignment relaxation of scheduling on unrelated machines (Lenstra, Shmoys and Tardos, 1990).
     """
+    import networkx as nx
     import scipy.optimize
     import scipy.sparse
 
-    chain = reduced(dataclasses.replace(problem, contiguous=False, backward=frozenset(range(len(problem))))) if problem.together else None
-    members = chain.groups if chain is not None else tuple((n,) for n in range(len(problem)))
+    joined: nx.Graph[int] = nx.Graph()
+    joined.add_nodes_from(range(len(problem)))
+    for group in problem.together:
+        nx.add_path(joined, group)
+    members = [sorted(nodes) for nodes in nx.connected_components(joined)]
     alike = kinds(problem)
     first, counts = [ms[0] for ms in alike], np.array(list(map(len, alike)), float)
     loads = np.array([work[list(nodes)][:, first].sum(axis=0) for nodes in members])

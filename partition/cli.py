@@ -219,7 +219,9 @@ def bench_command(
 
     if objective not in OBJECTIVES:
         raise NameUnknownError.among("objective", objective, OBJECTIVES)
-    problems = {path.stem if [f.stem for f in files or []].count(path.stem) == 1 else str(path): instances.read(path) for path in files or []}
+    stems = [f.stem for f in files or []]
+    short = {path: path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in files or []}
+    problems = {name if list(short.values()).count(name) == 1 else str(path): instances.read(path) for path, name in short.items()}
     problems |= suites.suite(suite) if suite is not None else {}
     if not problems:
         raise typer.BadParameter("name instance files, or --suite v1")
@@ -228,14 +230,14 @@ def bench_command(
         results = compare(problems, policy or ["portfolio"], seconds=seconds, progress=say)
 
     def value(r: Result) -> float:
-        return -1 / r.score if r.score < 0 else r.score
+        return -r.score if problems[r.problem].rates is not None else -1 / r.score if r.score < 0 else r.score
 
     if as_json:
         print(json.dumps([{"problem": r.problem, "digest": suites.digest(problems[r.problem]), "policy": r.policy, "seconds": r.seconds, "value": None if r.estimate is None else value(r),
                            "gap": r.gap, "proof": r.proof, "why_not": r.why_not} for r in results]))  # fmt: skip
         return
     lines = [(r.problem, r.policy, spoken(r.seconds), "-" if r.estimate is None else f"{value(r):.6g}", "-" if r.gap is None else f"{100 * r.gap:.2f} %", r.why_not or r.proof) for r in results]
-    what = "the longest load" if objective == "throughput" else objective
+    what = "the longest load (tokens/s where machines have rates)" if objective == "throughput" else objective
     print(table(f"{what}, in the problem's own unit", ("problem", "policy", "placed in", "value", "gap at most", "what"), lines))
     if len(problems) > 1 and len({r.policy for r in results}) > 1:
         print(table("Share of the problems on which a policy comes within a factor of the best", ("policy", "1", "1.01", "1.05", "1.2", "2"),

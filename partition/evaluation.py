@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from partition.errors import InfeasibleError, PlacementError
+from partition.flood import flow, spans
 from partition.graph import Value
 from partition.problem import Placement, Problem
 from partition.symbols import first
@@ -149,7 +150,10 @@ WATCH: contextvars.ContextVar[Callable[[Problem, Placement, Estimate], None] | N
 
 def evaluate(problem: Problem, placement: Placement, *, record: list[Slot] | None = None) -> Estimate:
     """Every objective of a placement. With `record`, the slots of the schedule (first trips only) are appended to it."""
-    found = _through_host(problem, placement) if problem.ports is not None else _over_links(problem, placement, record)
+    if problem.rates is not None:
+        found = _flooded(problem, placement)
+    else:
+        found = _through_host(problem, placement) if problem.ports is not None else _over_links(problem, placement, record)
     if (watch := WATCH.get()) is not None:
         watch(problem, placement, found)
     return found
@@ -254,6 +258,13 @@ def _through_host(problem: Problem, placement: Placement) -> Estimate:
     )  # fmt: skip
 
 
+def _flooded(problem: Problem, placement: Placement) -> Estimate:
+    """What a placement gives where machines hold layers in a row: the tokens that flow through them (see `flood`); times are not modelled."""
+    tokens, none = flow(problem, spans(problem, placement)), (0.0,) * len(problem.meshes)
+    return Estimate(ttft=0.0, tpot=0.0, e2e=0.0, exposed=0.0, throughput=tokens, usd_per_mtok=0.0, usd_reserved=0.0, joules_per_token=0.0, busy=none, occupied=none,
+                    link_busy={}, link_bytes={}, memory=none)  # fmt: skip
+
+
 def under_way(problem: Problem, placement: Placement) -> list[Any]:
     """How many batches each mesh works on at once: as many as its layers side by side, and as its memory holds beside the weights; at least one."""
     weights, batch = problem.held(placement)
@@ -304,6 +315,8 @@ def verify(problem: Problem, placement: Any) -> Placement:
     if wrong := [n for n, m in problem.pins.items() if m not in placement.of(n)]:
         raise PlacementError(f"node {wrong[0]} is pinned to {problem.meshes[problem.pins[wrong[0]]]} and placed elsewhere",
                              where=problem.names[wrong[0]], mend="keep pinned nodes on their mesh")  # fmt: skip
+    if problem.rates is not None:
+        spans(problem, placement)
     if unable := [(n, m) for n in range(len(problem)) for m in placement.of(n) if not np.isfinite(problem.seconds[n, m])]:
         n, m = unable[0]
         raise InfeasibleError(f"{problem.meshes[m]} cannot run {problem.names[n]}", where=f"node {n}", mend="place it on a mesh that supports it")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +23,16 @@ from partition.workload import Workload
 
 
 def read(path: str | Path) -> Problem:
-    """A problem from a JSON file of the msr-fiddle/dnn-partitioning repository. Raises InstanceError with the file and the entry."""
+    """A problem from a JSON file of the msr-fiddle/dnn-partitioning repository, or from a .lp model of Helix. Raises InstanceError with file and entry."""
     path = Path(path)
     try:
-        raw = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InstanceError(f"cannot be read: {error.strerror}", where=str(path), mend="name a file that exists") from None
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InstanceError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path), mend="name a file that exists") from None
+    if path.suffix == ".lp":
+        return _helix(text, str(path))
+    try:
+        raw = json.loads(text)
     except ValueError as error:
         raise InstanceError(f"is no JSON: {error}", where=str(path), mend="name an instance file") from None
     if not isinstance(raw, dict) or not {"nodes", "edges", "maxFPGAs"} <= raw.keys():
@@ -114,3 +119,38 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
         seen[name] += 1
         out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return tuple(out)
+
+
+def _helix(text: str, path: str) -> Problem:
+    """Machines that hold layers in a row, several each layer, and how many tokens pass: the MILP of Mei et al., Helix, ASPLOS 2025, as it was written out.
+
+    A machine's rates stand in its node_throughput_constraint, a link's in its edge_flow_constr, the layers in the end_constraints.
+    """
+    flat = re.sub(r"\s+", " ", text)
+    held: dict[tuple[int, int], float] = {}
+    for machine, terms in re.findall(r"node_throughput_constraint_(\d+): (.*?) <= 0", flat):
+        held |= {(int(machine), int(h)): float(rate) for rate, h in re.findall(rf"- ([\d.eE+]+) hold_{machine}_(\d+)(?!\d)", terms)}
+    ends = {int(x) for x in re.findall(r"end_constraint_\d+: .*? <= (\d+)", flat)}
+    if not held or len(ends) != 1:
+        raise InstanceError("is no model of Helix: it lacks node_throughput_constraint or end_constraint", where=path, mend="name an ilp_model.lp of its repository")
+    machines, layers = sorted({i for i, _ in held}), ends.pop()
+    place = {str(i): n for n, i in enumerate(machines)} | {"source": len(machines), "sink": len(machines) + 1}
+    m, most = len(machines), max(h for _, h in held)
+    rates, lanes = np.zeros((m, most + 1)), np.zeros((m + 2, m + 2))
+    for (i, h), rate in held.items():
+        rates[place[str(i)], h] = rate
+    for a, b, rate in re.findall(r"edge_flow_constr_(\w+?)_(\w+?): flow_\w+ - ([\d.eE+]+) switch_\w+ <= 0", flat):
+        if a not in place or b not in place:
+            raise InstanceError(f"a link joins {a} and {b}, one of which is no machine", where=f"{path}: edge_flow_constr_{a}_{b}", mend="give each machine its throughput")
+        lanes[place[a], place[b]] = float(rate)
+    with np.errstate(divide="ignore"):
+        seconds = 1.0 / rates[:, 1]
+    kinds = {row.tobytes(): f"kind{i}" for i, row in enumerate(np.unique(rates, axis=0))}
+    return Problem(
+        names=tuple(f"layer {n}" for n in range(layers)), phase=(Phase.NONE,) * layers, region=("top",) * layers, meshes=tuple(f"machine {i}" for i in machines),
+        kinds=tuple(kinds[row.tobytes()] for row in rates), seconds=np.repeat(seconds[None, :], layers, axis=0), times=np.ones(layers, np.int64),
+        flows=tuple(Flow(value=(n, None), src=n, dst=(n + 1,), nbytes=1.0, times=1, kind="forward") for n in range(layers - 1)), residents=(), resident=np.zeros((0, m)),
+        activation=np.zeros((layers, m)), capacity=np.full(m, np.inf), alpha=np.zeros((m, m)), beta=np.full((m, m), np.inf), wire=np.full((m, m), np.inf), price=np.zeros(m),
+        power=np.zeros(m), link_price=np.zeros((m, m)), depth=np.ones(m), layer=np.arange(layers), workload=Workload(batch=1, trips=0), objective="throughput",
+        rates=rates, lanes=lanes,
+    )  # fmt: skip

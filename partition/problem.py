@@ -63,6 +63,8 @@ class Problem:
     ports [m] s/B: where given, values pass through a host and no links: a mesh waits so long for each byte of a value that it gives to others or
     takes in, once each (0: a processor of the host, on which every node runs by itself). together: nodes that must share a mesh. backward: nodes
     of a way back through the stages. contiguous: whether meshes must be stages in an order.
+    rates [m, h] tokens/s: where given, nodes are layers in a row that several meshes may hold, and a mesh that holds h of them passes on so many tokens
+    (0: it cannot hold them); lanes [m + 2, m + 2] tokens/s then says how many go from mesh to mesh, from the source (m) and to the sink (m + 1).
     measured: the (node, mesh) whose time is a user's own. layouts, op_works, times_given, trips: the split of each mesh, the work of each op, a user's
     own times, and how often loops run that do not tell, to cost it anew.
     """
@@ -94,6 +96,8 @@ class Problem:
     together: tuple[tuple[int, ...], ...] = ()
     backward: frozenset[int] = frozenset()
     contiguous: bool = False
+    rates: np.ndarray | None = None
+    lanes: np.ndarray | None = None
     blocks: tuple[Block, ...] = ()
     works: tuple[Work, ...] = ()
     costs: tuple[tuple[Cost, ...], ...] = ()

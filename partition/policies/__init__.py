@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from partition.policies.cover import cover
 from partition.policies.equal_split import equal_split
 from partition.policies.exhaustive import exhaustive
 from partition.policies.heft import heft
@@ -24,6 +25,7 @@ from partition.problem import Placement, Problem
 Policy = Callable[[Problem], Placement]
 
 POLICIES: dict[str, Policy] = {
+    "cover": cover,
     "equal_split": equal_split,
     "exhaustive": exhaustive,
     "heft": heft,
@@ -42,4 +44,4 @@ POLICIES: dict[str, Policy] = {
 }
 """The policies that come with the package, by name."""
 
-__all__ = ["POLICIES", "Policy", "equal_split", "exhaustive", "heft", "ideal_dp", "local_search", "m_etf", "m_sct", "m_topo", "min_cut", "order_dp", "phase_split", "pipedream", "portfolio", "random", "single"]
+__all__ = ["POLICIES", "Policy", "cover", "equal_split", "exhaustive", "heft", "ideal_dp", "local_search", "m_etf", "m_sct", "m_topo", "min_cut", "order_dp", "phase_split", "pipedream", "portfolio", "random", "single"]

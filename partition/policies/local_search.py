@@ -11,6 +11,7 @@ from partition.chain import reduced
 from partition.errors import PartitionError
 from partition.evaluation import evaluate, verify
 from partition.policies._annealing import Walks
+from partition.policies.cover import cover
 from partition.policies.heft import heft
 from partition.policies.order_dp import order_dp
 from partition.policies.phase_split import phase_split
@@ -27,6 +28,8 @@ def local_search(problem: Problem, *, start: Placement | None = None, seed: int 
     Where values pass through a host and the longest load counts, by annealing; else each round tries 192 moves of nodes, runs of nodes and layers and
     takes the best, while one of the last ten rounds found any. O(rounds x moves x n) time. Raises what the quick policies raise where none of them finds a placement.
     """
+    if problem.rates is not None:
+        return start if start is not None else cover(problem, seed=seed)
     best = start if start is not None else seeded(problem)
     if problem.contiguous:
         return best
@@ -54,8 +57,9 @@ def seeded(problem: Problem) -> Placement:
 def _annealed(problem: Problem, start: Placement, seed: int) -> Placement:
     chain = reduced(problem, best=float(max(evaluate(problem, start).occupied)))
     at = np.array([start.mesh[nodes[0]] for nodes in chain.groups])
+    steps = min(8000, 300 * len(chain))
     for turn, (warm, cold) in enumerate(((0.05, 2e-4), (4e-3, 2e-5))):
-        at = Walks(chain, at, seed + turn).cool(8000, warm, cold)
+        at = Walks(chain, at, seed + turn).cool(steps, warm, cold)
     mesh = np.zeros(len(problem), np.int64)
     for g, nodes in enumerate(chain.groups):
         mesh[list(nodes)] = at[g]

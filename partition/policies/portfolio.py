@@ -6,16 +6,20 @@ import dataclasses
 
 from partition.errors import PartitionError
 from partition.evaluation import evaluate
+from partition.policies.cover import cover
 from partition.policies.ideal_dp import ideal_dp
 from partition.policies.local_search import local_search, seeded
 from partition.problem import Placement, Problem
 
 
 def portfolio(problem: Problem, *, seed: int = 0) -> Placement:
-    """The best of `order_dp`, `heft`, `phase_split` and `single`, improved by `local_search`; and of `ideal_dp` where stages must be in an order.
+    """The best of `order_dp`, `heft`, `phase_split` and `single`, improved by `local_search`; and of `ideal_dp` where stages must be in an order. `cover` where
+    machines have rates.
 
     Time and errors are those of its members. The same seed gives the same placement.
     """
+    if problem.rates is not None:
+        return cover(problem, seed=seed)
     best = local_search(problem, start=seeded(problem), seed=seed)
     if problem.ports is not None and problem.contiguous:
         try:
