@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from partition.evaluation import groups
+from partition.evaluation import _FAR, groups
 from partition.phases import Phase
 from partition.problem import OBJECTIVES, Problem
 
@@ -39,9 +39,15 @@ class Batch:
 
     def scores(self, mesh: np.ndarray, objective: str | None = None) -> np.ndarray:
         """The numbers that a policy minimises, [b], inf for what is not feasible; mesh: int [b, n]. objective: the problem's own, unless told."""
-        wanted = objective or self.p.objective
-        value = self.values(mesh, (wanted,))[wanted]
-        return -value if wanted == "throughput" else value
+        wanted, limits = objective or self.p.objective, self.p.limits if objective is None else {}
+        found = self.values(mesh, (wanted, *(name for name in limits if name != wanted)))
+        over = np.zeros(len(mesh))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for name, limit in limits.items():
+                over += np.maximum(0.0, (limit / found[name] if name == "throughput" else found[name] / limit) - 1.0 - 1e-9)
+        value = -found[wanted] if wanted == "throughput" else found[wanted]
+        possible = np.isfinite(found[wanted]) & (found["throughput"] > 0 if "throughput" in found else True)
+        return np.where(possible, np.where(over > 0, _FAR * (1 + np.minimum(over, 1e6)), value), np.inf)
 
     def values(self, mesh: np.ndarray, objectives: Sequence[str] = OBJECTIVES) -> dict[str, np.ndarray]:
         """Numbers of `Estimate` for each placement, [b] each; inf (0 for throughput) where one is not feasible."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from partition.errors import EquivalenceError, ExitCode, PartitionError, ProfileError
+from partition.errors import EquivalenceError, ExitCode, NameUnknownError, PartitionError, ProfileError
 
 if TYPE_CHECKING:
     from partition.hardware import Cluster
@@ -27,7 +27,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Model = Annotated[str, typer.Argument(help="a model's name, or module:callable that gives (fn, args)")]
 ClusterName = Annotated[str, typer.Option("--cluster", help="a cluster's name, or a .toml file")]
 PolicyName = Annotated[str, typer.Option("--policy", help="a policy's name, or module:attr")]
-Objective = Annotated[str, typer.Option("--objective", help="ttft, tpot, e2e, throughput, usd_per_mtok or joules_per_token")]
+Objective = Annotated[str, typer.Option("--objective", "--minimise", help="ttft, tpot, e2e, throughput, usd (per million tokens) or joules (per token)")]
+Limits = Annotated[Optional[list[str]], typer.Option("--limit", help="what an objective may be at most, throughput at least: ttft=0.5 (s), usd=8 ($ per million tokens); may be given again")]  # noqa: UP045
 Prompt = Annotated[int, typer.Option("--prompt", help="prompt length [tokens]", min=1)]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="tokens to write", min=2)]
 Batch = Annotated[int, typer.Option("--batch", help="sequences that run together", min=1)]
@@ -52,7 +53,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, trips: int | None,
-              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search", costs: Path | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
+              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search", costs: Path | None = None, limits: dict[str, float] | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
     """Plan one request of a model by name; gives the plan and the arguments."""
     from partition import measured, profiles
     from partition.pipeline import model_bytes, plan, request
@@ -66,7 +67,34 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
             _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
-        return plan(fn, args, cluster=machines, policy=policy, objective=objective, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, costs=None if costs is None else measured.read(costs)), args
+        return plan(fn, args, cluster=machines, policy=policy, objective=_SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, costs=None if costs is None else measured.read(costs)), args
+
+
+_SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
+
+
+def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]:
+    """Objective -> what it may be at most, as the command line says. Raises PlacementError."""
+    from partition import units
+    from partition.errors import PlacementError
+    from partition.problem import OBJECTIVES
+
+    found = {}
+    for text in [*(said or ()), *(f"{name}={value}" for name, value in short.items() if value is not None)]:
+        name, _, value = text.partition("=")
+        name = _SHORT.get(name.strip(), name.strip())
+        if name not in OBJECTIVES:
+            raise NameUnknownError.among("objective", name, OBJECTIVES, where="--limit")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            try:
+                found[name] = units.parse(value.strip(), "time") if name in ("ttft", "tpot", "e2e") else float("nan")
+            except ValueError:
+                found[name] = float("nan")
+        if not found[name] > 0:
+            raise PlacementError(f"{value!r} is no limit of {name}", where=f"--limit {text}", mend="write a number above 0, such as --limit ttft=0.5 or --limit tpot='20 ms'")
+    return found
 
 
 def replaced(cluster: Cluster, sets: Sequence[str] | None) -> Cluster:
@@ -96,13 +124,16 @@ def plan_command(
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
+    limits: Limits = None, ttft: Annotated[Optional[str], typer.Option("--ttft", help="short for --limit ttft=...")] = None,  # noqa: UP045
+    tpot: Annotated[Optional[str], typer.Option("--tpot", help="short for --limit tpot=...")] = None,  # noqa: UP045
     sharding: Sharding = "search", costs: Times = None, sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
 ) -> None:  # fmt: skip
     """Plan a model on a cluster."""
     from partition.pipeline import to_json, writable
 
     writable(out, dump)
-    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding, costs=costs)
+    most = limited(limits, ttft=ttft, tpot=tpot)
+    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding, costs=costs, limits=most)
     if out is not None:
         made.save(out)
     swings = None
@@ -158,7 +189,7 @@ def compare_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3",
     policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
     objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
-    sharding: Sharding = "search", sets: Sets = None,
+    limits: Limits = None, sharding: Sharding = "search", sets: Sets = None,
 ) -> None:  # fmt: skip
     """Compare policies on one problem."""
     from partition.bench import compare
@@ -177,7 +208,7 @@ def compare_command(
     with progress() as say:
         say(f"trace {model}")
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)
-        problem = pose(tag(trace(fn, *args)), machines, objective=objective, trips=trips, sharding=sharding)  # type: ignore[arg-type]
+        problem = pose(tag(trace(fn, *args)), machines, objective=_SHORT.get(objective, objective), limits=limited(limits), trips=trips, sharding=sharding)  # type: ignore[arg-type]
         say("place")
         results = compare({model: problem}, names)
     if as_json:
@@ -212,7 +243,6 @@ def bench_command(
 
     from partition import instances, suites
     from partition.bench import Result, compare, profile
-    from partition.errors import NameUnknownError
     from partition.problem import OBJECTIVES
     from partition.tables import table
     from partition.units import seconds as spoken

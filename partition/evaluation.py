@@ -66,6 +66,27 @@ class Estimate:
         return -float(value) if objective == "throughput" else float(value)
 
 
+_FAR = 1e15
+"""What is added to the score of a placement that breaks a limit, and again for each limit's worth that it is over: it is worse than all that keep them."""
+
+
+def broken(problem: Problem, estimate: Estimate) -> dict[str, float]:
+    """Limit -> by what share a placement breaks it."""
+    found = {}
+    for name, limit in problem.limits.items():
+        value = float(getattr(estimate, name))
+        over = (limit / value if value > 0 else np.inf) if name == "throughput" else value / limit
+        if over > 1 + 1e-9:
+            found[name] = over - 1
+    return found
+
+
+def scored(problem: Problem, estimate: Estimate) -> float:
+    """The number that a policy minimises: the problem's objective, and far more where a limit is broken, the more the further."""
+    over = sum(broken(problem, estimate).values())
+    return estimate.score(problem.objective) if not over else _FAR * (1 + min(over, 1e6))
+
+
 def later(a: Any, b: Any) -> Any:
     """The later of two times, one by one where they are arrays."""
     return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
@@ -339,6 +360,10 @@ def verify(problem: Problem, placement: Any) -> Placement:
             where=f"mesh {problem.meshes[m]} ({size(float(problem.capacity[m]))} usable)",
             mend="use more meshes or a larger cluster, another policy, a smaller batch or a shorter context",
         )  # fmt: skip
+    if problem.limits and (over := broken(problem, estimate := evaluate(problem, placement))):
+        worst = max(over, key=lambda name: over[name])
+        raise InfeasibleError(f"{worst} is {getattr(estimate, worst):.4g}, its limit {problem.limits[worst]:.4g}", where=f"limits on {', '.join(problem.limits)}",
+                              mend=f"relax {' and '.join(sorted(over))}, use the policy 'portfolio', or another cluster")  # fmt: skip
     return placement if placement.problem is problem else dataclasses.replace(placement, problem=problem)
 
 

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from partition.errors import PartitionError, PlacementError
-from partition.evaluation import WATCH, Estimate, verify
+from partition.evaluation import WATCH, Estimate, scored, verify
 from partition.problem import Placement, Problem
 
 
@@ -31,7 +31,7 @@ def within(seconds: float, policy: Callable[..., Placement], problem: Problem, *
     def seen(of: Problem, placement: Placement, estimate: Estimate) -> None:
         if of is not problem:
             return
-        score = estimate.score(problem.objective)
+        score = scored(problem, estimate)
         if not best or score < best[0][0]:
             try:
                 best[:] = [(score, verify(problem, placement))]

@@ -253,11 +253,11 @@ def place(problem: Problem, how: str | Policy, *, seconds: float | None = None, 
 def plan(
     fn: Callable[..., Any] | Program, args: tuple[Any, ...] = (), *, cluster: str | Cluster, policy: str | Policy = "phase_split", objective: str = "e2e",
     level: Literal["block", "op"] = "block", trips: int | None = None, title: str | None = None,
-    sharding: Literal["search", "tensor"] = "search", costs: Mapping[str, Mapping[str, float | str]] | None = None, progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
+    sharding: Literal["search", "tensor"] = "search", costs: Mapping[str, Mapping[str, float | str]] | None = None, limits: Mapping[str, float] | None = None, progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
 ) -> Plan:  # fmt: skip
     """Trace, tag, pose, place: a Plan for `fn(*args)`, or for a Program, on a cluster (a name, a .toml path, or a Cluster).
 
-    costs: a user's own times of nodes (see `pose`). progress is told the name of each pass. dump: a folder for numbered files of every intermediate value.
+    costs: a user's own times of nodes, limits: what objectives may be at most (see `pose`). progress is told the name of each pass. dump: a folder for numbered files of every intermediate value.
     Raises PartitionError of many kinds, each with its mend.
     """
     from partition import phases, problem, program
@@ -275,7 +275,7 @@ def plan(
     machines = profiles.cluster(cluster) if isinstance(cluster, str) else cluster
     traced = fn if isinstance(fn, program.Program) else timed("trace", lambda: program.trace(fn, *args))
     tagged = timed("tag", lambda: phases.tag(traced))
-    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips, sharding=sharding, costs=costs))
+    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips, sharding=sharding, costs=costs, limits=limits))
     placed = timed("place", lambda: place(posed, policy))
     estimate = evaluate(posed, placed)
     made = Plan(

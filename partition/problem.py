@@ -59,7 +59,8 @@ class Problem:
     beta [m, m] B/s (0: no link), wire [m, m] B/s that the ports of the
     sender take for all of its transfers on such links together, price [m] $/s, power [m] W, link_price [m, m] $/B. depth [m]: batches that
     a mesh works on at once where its layers lie side by side (1: they do not). layer [n]: which layer a node is of (-1: none).
-    pins: node -> mesh. kinds: device of each mesh.
+    pins: node -> mesh. kinds: device of each mesh. limits: objective -> what it
+    may be at most (throughput: at least).
     ports [m] s/B: where given, values pass through a host and no links: a mesh waits so long for each byte of a value that it gives to others or
     takes in, once each (0: a processor of the host, on which every node runs by itself). together: nodes that must share a mesh. backward: nodes
     of a way back through the stages. contiguous: whether meshes must be stages in an order.
@@ -91,6 +92,7 @@ class Problem:
     layer: np.ndarray
     workload: Workload
     objective: str = "e2e"
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     pins: Mapping[int, int] = dataclasses.field(default_factory=dict)
     ports: np.ndarray | None = None
     together: tuple[tuple[int, ...], ...] = ()
@@ -215,17 +217,22 @@ class Problem:
 def pose(
     phases: Phases, cluster: Cluster, *, objective: str = "e2e", level: Literal["block", "op"] = "block",
     trips: int | None = None, pins: Mapping[str, str] | None = None, sharding: Literal["search", "tensor"] = "search",
-    costs: Times | None = None,
+    costs: Times | None = None, limits: Mapping[str, float] | None = None,
 ) -> Problem:  # fmt: skip
     """Make the placement problem of a tagged program on a cluster.
 
     objective: one of OBJECTIVES. level: "block" or "op". trips: for loops whose structure does not tell how often they run.
-    pins: node name -> mesh name. sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
+    pins: node name -> mesh name. limits: objective -> what it may be at most (throughput: at least). sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
     over all devices, even where that is slower. costs: a user's own times, node name or pattern -> mesh or device -> seconds of one run, which
     take the place of the model's (see `measured`). Raises NameUnknownError, WorkError, ProfileError.
     """
     if objective not in OBJECTIVES:
         raise NameUnknownError.among("objective", objective, OBJECTIVES)
+    for name, most in (limits or {}).items():
+        if name not in OBJECTIVES:
+            raise NameUnknownError.among("objective", name, OBJECTIVES, where="limits")
+        if not most > 0:
+            raise PlacementError(f"{name} cannot be held to {most!r}", where="pose(limits=...)", mend="give a number above 0")
     if level not in ("block", "op"):
         raise NameUnknownError.among("level", str(level), ("block", "op"))
     if sharding not in ("search", "tensor"):
@@ -251,7 +258,7 @@ def pose(
         times=np.array([runs if b.region != "top" else 1 for b in blocks], np.int64), flows=tuple(flowing), residents=tuple(lying),
         resident=np.array([[split.copies(r.value[0]) * r.nbytes for split in splits] for r in lying]).reshape(len(lying), len(splits)),
         activation=_activations(blocks, phases, weights | on_chip, splits), layer=layer_of(phases, blocks), capacity=np.array([m.capacity for m in cluster.meshes]),
-        workload=Workload(batch=phases.batch, trips=runs), objective=objective,
+        workload=Workload(batch=phases.batch, trips=runs), objective=objective, limits=dict(limits or {}),
         pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), blocks=blocks,
         works=_node_works(blocks, works), phases=phases, layouts=tuple(splits), op_works=works, trips=trips,
     )  # fmt: skip

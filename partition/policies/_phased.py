@@ -13,7 +13,7 @@ import numpy as np
 
 from partition.chain import Chain, reduced
 from partition.errors import InfeasibleError
-from partition.evaluation import evaluate, verify
+from partition.evaluation import evaluate, scored, verify
 from partition.ideals import Found, best_stages
 from partition.phases import Phase
 from partition.policies._layers import finish
@@ -131,7 +131,7 @@ def best_of(problem: Problem, ends: Ends) -> Placement | None:
             placement = verify(problem, problem.placement(finish(problem, dict(placed), next(iter(placed.values())))))
         except InfeasibleError:
             continue
-        score = evaluate(problem, placement).score(problem.objective)
+        score = scored(problem, evaluate(problem, placement))
         if best is None or score < best[0]:
             best = (score, placement)
     return None if best is None else best[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from partition.errors import InfeasibleError, PlacementError
-from partition.evaluation import evaluate, verify
+from partition.evaluation import evaluate, scored, verify
 from partition.phases import Phase
 from partition.problem import Placement, Problem
 
@@ -31,7 +31,7 @@ def exhaustive(problem: Problem) -> Placement:
             placement = verify(problem, problem.placement(mesh))
         except InfeasibleError:
             continue
-        score = evaluate(problem, placement).score(problem.objective)
+        score = scored(problem, evaluate(problem, placement))
         if best is None or score < best[0]:
             best = (score, placement)
     if best is None:

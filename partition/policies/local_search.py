@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from partition.batch import Batch
 from partition.chain import reduced
 from partition.errors import PartitionError
-from partition.evaluation import evaluate, verify
+from partition.evaluation import evaluate, scored, verify
 from partition.policies._annealing import Walks
 from partition.policies.cover import cover
 from partition.policies.heft import heft
@@ -39,15 +40,17 @@ def local_search(problem: Problem, *, start: Placement | None = None, seed: int 
 
 
 def seeded(problem: Problem) -> Placement:
-    """The best placement of the quick policies; raises what the first of them raised where none has any."""
-    found, why = list[tuple[float, int, Placement]](), None
-    for i, policy in enumerate((order_dp, heft, phase_split, single)):
-        try:
-            placement = verify(problem, policy(problem))
-        except PartitionError as error:
-            why = why or error
-            continue
-        found.append((evaluate(problem, placement).score(problem.objective), i, placement))
+    """The best placement of the quick policies, for the objective and for each that is limited; raises what the first of them raised where none has any."""
+    found, why, free = list[tuple[float, int, Placement]](), None, dataclasses.replace(problem, limits={})
+    for objective in dict.fromkeys((problem.objective, *problem.limits)):
+        for policy in (order_dp, heft, phase_split, single):
+            try:
+                placement = verify(free, policy(dataclasses.replace(free, objective=objective)))
+            except PartitionError as error:
+                why = why or error
+                continue
+            placement = dataclasses.replace(placement, problem=problem, bound=None)
+            found.append((scored(problem, evaluate(problem, placement)), len(found), placement))
     if not found:
         assert why is not None
         raise why
@@ -69,10 +72,10 @@ def _annealed(problem: Problem, start: Placement, seed: int) -> Placement:
 def _better(problem: Problem, one: Placement, other: Placement) -> Placement:
     """The second, where it is feasible and better."""
     try:
-        verify(problem, other)
+        verify(dataclasses.replace(problem, limits={}), other)
     except PartitionError:
         return one
-    return min((one, other), key=lambda p: evaluate(problem, p).score(problem.objective))
+    return min((one, other), key=lambda p: scored(problem, evaluate(problem, p)))
 
 
 def _climbed(problem: Problem, start: Placement, seed: int, rounds: int) -> Placement:

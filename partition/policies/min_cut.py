@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from partition.errors import InfeasibleError, PlacementError
-from partition.evaluation import evaluate, verify
+from partition.evaluation import evaluate, scored, verify
 from partition.policies._layers import of_kind
 from partition.problem import Placement, Problem
 
@@ -28,7 +28,7 @@ def min_cut(problem: Problem) -> Placement:
         except InfeasibleError as error:
             why = error
             continue
-        score = evaluate(problem, placement).score(problem.objective)
+        score = scored(problem, evaluate(problem, placement))
         if best is None or score < best[0]:
             best = (score, placement)
     if best is None:

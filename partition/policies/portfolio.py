@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from partition.errors import PartitionError
-from partition.evaluation import evaluate
+from partition.evaluation import evaluate, scored
 from partition.policies.cover import cover
 from partition.policies.ideal_dp import ideal_dp
 from partition.policies.local_search import local_search, seeded
@@ -26,6 +26,6 @@ def portfolio(problem: Problem, *, seed: int = 0) -> Placement:
             exact = ideal_dp(problem)
         except PartitionError:
             return best
-        better = evaluate(problem, exact).score(problem.objective) <= evaluate(problem, best).score(problem.objective)
+        better = scored(problem, evaluate(problem, exact)) <= scored(problem, evaluate(problem, best))
         best = exact if better else dataclasses.replace(best, bound=exact.bound)
     return best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from partition.errors import InfeasibleError
-from partition.evaluation import evaluate, verify
+from partition.evaluation import evaluate, scored, verify
 from partition.policies._layers import of_kind, together
 from partition.problem import Placement, Problem
 
@@ -24,7 +24,7 @@ def single(problem: Problem, *, kind: str | None = None) -> Placement:
         except InfeasibleError as error:
             lacking = error
             continue
-        score = evaluate(problem, placement).score(problem.objective)
+        score = scored(problem, evaluate(problem, placement))
         if best is None or score < best[0]:
             best = (score, placement)
     if best is None:
