@@ -49,6 +49,7 @@ class Chain:
     capacity: np.ndarray
     port: np.ndarray
     crossings: tuple[Crossing, ...]
+    ordered: bool = True
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -93,26 +94,26 @@ def _links(problem: Problem, m: int) -> np.ndarray:
     return np.concatenate([np.sort(np.delete(table[m], m)[np.delete(names, m) == name]) for name in sorted(set(problem.kinds)) for table in (problem.alpha, problem.beta)])
 
 
-def reduced(problem: Problem, nodes: Iterable[int] | None = None, *, best: float = float("inf"), roomy: bool = False) -> Chain:
+def reduced(problem: Problem, nodes: Iterable[int] | None = None, *, best: float = float("inf"), roomy: bool = False, ordered: bool = True) -> Chain:
     """The groups of some nodes (all, unless told) for ordered stages.
 
     best [s]: the longest stage of a placement that is known; where it is finite, groups are merged further that no better placement needs apart.
-    roomy: merge as if memory never mattered, which may lose the best. O(nodes + edges) but for the merging, which is that for each turn.
+    roomy: merge as if memory never mattered, which may lose the best. ordered: whether stages must be in an order; else groups may go anywhere. O(nodes + edges) but for the merging, which is that for each turn.
     """
     chosen = sorted(range(len(problem)) if nodes is None else nodes)
-    made = _grouped(problem, chosen)
+    made = _grouped(problem, chosen, ordered)
     while np.isfinite(best) and (pairs := _dominated(made, best, roomy)):
         made = _merged(made, pairs)
     return made
 
 
-def _grouped(problem: Problem, nodes: Sequence[int]) -> Chain:
+def _grouped(problem: Problem, nodes: Sequence[int], ordered: bool) -> Chain:
     import networkx as nx
 
     inside = set(nodes)
     order: nx.DiGraph[int] = nx.DiGraph()
     order.add_nodes_from(nodes)
-    order.add_edges_from((a, b) for a, b in problem.precedes if a in inside and b in inside)
+    order.add_edges_from((a, b) for a, b in problem.precedes if ordered and a in inside and b in inside)
     for group in problem.together:
         here = [n for n in group if n in inside]
         order.add_edges_from((a, b) for a, b in zip(here, [*here[1:], here[0]], strict=True) if a != b) if here else None
@@ -121,7 +122,7 @@ def _grouped(problem: Problem, nodes: Sequence[int]) -> Chain:
     sequence = list(nx.lexicographical_topological_sort(condensed, key=lambda c: members[c][0]))
     place = {c: i for i, c in enumerate(sequence)}
     before = tuple(frozenset(place[p] for p in condensed.predecessors(c)) for c in sequence)
-    return _chain(problem, tuple(tuple(members[c]) for c in sequence), before)
+    return dataclasses.replace(_chain(problem, tuple(tuple(members[c]) for c in sequence), before), ordered=ordered)
 
 
 def _chain(problem: Problem, groups: tuple[tuple[int, ...], ...], before: tuple[frozenset[int], ...]) -> Chain:
@@ -163,7 +164,8 @@ def _dominated(chain: Chain, best: float, roomy: bool) -> dict[int, int]:
     pairs: dict[int, int] = {}
     taken: set[int] = set()
     for v in range(len(chain)):
-        for u in (*(chain.before[v] if len(chain.before[v]) == 1 else ()), *(chain.after[v] if len(chain.after[v]) == 1 else ())):
+        ways = [w for w in (chain.before[v], chain.after[v]) if len(w) == 1] if chain.ordered else [{g for c in touching[v] for g in c.ends} - {v}]
+        for u in sorted({u for way in ways for u in way}):
             if v in taken or u in taken or not (roomy or (not chain.size[v].any() and v not in bound)):
                 continue
             own = sum(c.cost for c in touching[v] if set(c.ends) == {u, v})
@@ -189,4 +191,5 @@ def _merged(chain: Chain, pairs: dict[int, int]) -> Chain:
     order.add_edges_from((b, u) for u, earlier in before.items() for b in earlier)
     sequence = list(nx.lexicographical_topological_sort(order))
     place = {u: i for i, u in enumerate(sequence)}
-    return _chain(chain.problem, tuple(tuple(sorted(n for g in members[u] for n in chain.groups[g])) for u in sequence), tuple(frozenset(place[b] for b in before[u]) for u in sequence))
+    made = _chain(chain.problem, tuple(tuple(sorted(n for g in members[u] for n in chain.groups[g])) for u in sequence), tuple(frozenset(place[b] for b in before[u]) for u in sequence))
+    return dataclasses.replace(made, ordered=chain.ordered)

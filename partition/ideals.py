@@ -99,9 +99,10 @@ def priced(chain: Chain, members: np.ndarray, best: float) -> Iterator[tuple[np.
         subset = (own[earlier] @ own[later].T >= below[earlier][:, None] - 0.5) & (below[earlier][:, None] < below[later][None, :])
         subset &= done[later][None, :] - done[earlier][:, None] <= best * (1 + 1e-9)
         varied = np.ptp(members[first : later[-1] + 1].astype(np.int8), axis=0) > 0
-        moved = _paid(chain, members, earlier, later, varied)
         a, b = np.nonzero(subset)
-        seconds = work[later[b]] - work[earlier[a]] + moved[a, b][:, None] * chain.port
+        seconds = work[later[b]] - work[earlier[a]]
+        if chain.port.any():
+            seconds += _paid(chain, members, earlier, later, varied)[a, b][:, None] * chain.port
         held = size[later[b]] - size[earlier[a]]
         for users, nbytes in chain.shared:
             if varied[list(users)].any():

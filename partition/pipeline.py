@@ -33,6 +33,7 @@ from partition.limits import within
 from partition.phases import Phase
 from partition.policies import POLICIES, Policy
 from partition.problem import Placement, Problem
+from partition.soundness import hold_sound
 from partition.workload import Workload
 
 if TYPE_CHECKING:
@@ -240,6 +241,7 @@ def model_names() -> list[str]:
 def place(problem: Problem, how: str | Policy, *, seconds: float | None = None, **options: Any) -> Placement:
     """Run a policy, for `seconds` at most where given, and hold its placement to the problem. Raises PlacementError for a policy that fails, InfeasibleError."""
     chosen = policy(how)
+    hold_sound(problem)
     try:
         placement = chosen(problem, **options) if seconds is None else within(seconds, chosen, problem, **options)
     except PartitionError:

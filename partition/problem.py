@@ -198,13 +198,21 @@ class Problem:
         also = {n: tuple(sorted(ms)[1:]) for n, ms in sorted(needed.items()) if len(ms) > 1}
         return Placement(mesh=array, also=also, problem=self)
 
+    @functools.cached_property
+    def _users(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The nodes of all residents, where those of each begin, and which residents are weights."""
+        counts = [len(r.blocks) for r in self.residents]
+        starts = np.cumsum([0, *counts])[:-1].astype(np.int64)
+        return np.array([n for r in self.residents for n in r.blocks], np.int64), starts, np.array([r.kind == "weights" for r in self.residents], bool)
+
     def held(self, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
         """Bytes on each mesh [m]: weights, each counted once a mesh; and what one batch holds, its state and the largest activation."""
         on = np.zeros((len(self), len(self.meshes)), bool)
-        for n in range(len(self)):
-            on[n, list(placement.of(n))] = True
-        used = np.where((self.incidence.astype(np.float32) @ on.astype(np.float32)) > 0, self.resident, 0.0)
-        weights = np.array([r.kind == "weights" for r in self.residents], bool)
+        on[np.arange(len(self)), placement.mesh] = True
+        for n, more in placement.also.items():
+            on[n, list(more)] = True
+        nodes, starts, weights = self._users
+        used = np.where(np.logical_or.reduceat(on[nodes], starts, axis=0) if len(starts) else np.zeros((0, len(self.meshes)), bool), self.resident, 0.0)
         return used[weights].sum(axis=0), used[~weights].sum(axis=0) + np.where(on, self.activation, 0.0).max(axis=0, initial=0.0)
 
     def memory(self, placement: Placement) -> np.ndarray:

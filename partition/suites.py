@@ -21,6 +21,7 @@ from partition.workload import Workload
 def posed(seconds: np.ndarray, edges: Mapping[int, Sequence[int]], cost: np.ndarray, size: np.ndarray, counts: Sequence[int], room: float) -> Problem:
     """A problem of nodes in topological order. seconds [n, k] on each kind, edges: node -> readers, cost [n] of moving what a node makes, size [n]
     B, counts: meshes of each kind, room B of each."""
+    seconds, cost, size = (np.round(a, 6) for a in (seconds, cost, size))  # the same on every processor
     n, columns = len(seconds), [k for k, count in enumerate(counts) for _ in range(count)]
     m = len(columns)
     flows = tuple(Flow(value=(i, None), src=i, dst=tuple(sorted(edges[i])), nbytes=float(cost[i]), times=1, kind="forward") for i in sorted(edges) if edges[i])

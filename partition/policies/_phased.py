@@ -22,7 +22,7 @@ from partition.problem import Placement, Problem
 Ends = Callable[[Chain], np.ndarray]
 """The ideals of a chain, bool [i, g], at which stages may end."""
 
-_EVALUATED = 24
+_EVALUATED = 12
 """Candidates that are evaluated at most, in the order of their approximate values."""
 
 
@@ -107,10 +107,10 @@ def together(problem: Problem, prefill: Sequence[int], decode: Sequence[int], en
     made = solved(tied, sorted({*prefill, *decode}), ends)
     if made is None:
         return
-    chain, found = made
+    (chain, found), inside = made, {*prefill, *decode}
     for state, value in sorted(found.values.items(), key=lambda item: (item[1], sum(item[0]), item[0]))[:_EVALUATED]:
         if np.isfinite(value):
-            yield value, {n: m for n, m in enumerate(chain.placed(found.trace(state)).mesh.tolist()) if n in set(prefill) | set(decode)}
+            yield value, {n: m for n, m in enumerate(chain.placed(found.trace(state)).mesh.tolist()) if n in inside}
 
 
 def best_of(problem: Problem, ends: Ends) -> Placement | None:
@@ -126,12 +126,15 @@ def best_of(problem: Problem, ends: Ends) -> Placement | None:
     else:
         found = [*apart(cheap, prefill, decode, ends), *together(cheap, prefill, decode, ends)]
     best: tuple[float, Placement] | None = None
-    for _, placed in sorted(found, key=lambda f: f[0])[: 2 * _EVALUATED]:
+    near = float("inf")
+    for value, placed in sorted(found, key=lambda f: f[0])[: 2 * _EVALUATED]:
+        if value > 1.25 * near and problem.objective in ("ttft", "tpot", "e2e"):  # too far from what the best seemed to be
+            break
         try:
             placement = verify(problem, problem.placement(finish(problem, dict(placed), next(iter(placed.values())))))
         except InfeasibleError:
             continue
         score = scored(problem, evaluate(problem, placement))
         if best is None or score < best[0]:
-            best = (score, placement)
+            best, near = (score, placement), value
     return None if best is None else best[1]

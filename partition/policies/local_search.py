@@ -27,7 +27,7 @@ def local_search(problem: Problem, *, start: Placement | None = None, seed: int 
     """Improve the best of `order_dp`, `heft`, `phase_split` and `single` (or `start`).
 
     Where values pass through a host and the longest load counts, by annealing; else each round tries 192 moves of nodes, runs of nodes and layers and
-    takes the best, while one of the last ten rounds found any. O(rounds x moves x n) time. Raises what the quick policies raise where none of them finds a placement.
+    takes the best, while one of the last rounds found any. O(rounds x moves x n) time. Raises what the quick policies raise where none of them finds a placement.
     """
     if problem.rates is not None:
         return start if start is not None else cover(problem, seed=seed)
@@ -58,7 +58,7 @@ def seeded(problem: Problem) -> Placement:
 
 
 def _annealed(problem: Problem, start: Placement, seed: int) -> Placement:
-    chain = reduced(problem, best=float(max(evaluate(problem, start).occupied)))
+    chain = reduced(problem, best=float(max(evaluate(problem, start).occupied)), ordered=False)
     at = np.array([start.mesh[nodes[0]] for nodes in chain.groups])
     steps = min(8000, 300 * len(chain))
     for turn, (warm, cold) in enumerate(((0.05, 2e-4), (4e-3, 2e-5))):
@@ -81,6 +81,7 @@ def _better(problem: Problem, one: Placement, other: Placement) -> Placement:
 def _climbed(problem: Problem, start: Placement, seed: int, rounds: int) -> Placement:
     rng, batch, units = np.random.default_rng(seed), Batch(problem), _units(problem)
     at = start.mesh.copy()
+    patience = 10 if len(problem) < 600 else 3
     score, idle = float(batch.scores(at[None, :])[0]), 0
     for _ in range(rounds):
         tried = np.stack([_moved(at, units, problem, rng) for _ in range(_TRIED)])
@@ -90,7 +91,7 @@ def _climbed(problem: Problem, start: Placement, seed: int, rounds: int) -> Plac
             at, score, idle = tried[i], float(scores[i]), 0
         else:
             idle += 1
-            if idle == 10:
+            if idle == patience:
                 break
     return _better(problem, start, problem.placement(at))
 
