@@ -13,7 +13,7 @@ from partition.errors import PartitionError
 from partition.evaluation import Estimate, evaluate
 from partition.pipeline import place, policy
 from partition.policies import Policy
-from partition.problem import Problem
+from partition.problem import Placement, Problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Result:
     policy: str
     seconds: float
     estimate: Estimate | None
+    placement: Placement | None = None
     score: float = float("inf")
     gap: float | None = None
     proof: str = ""
@@ -54,7 +55,7 @@ def compare(
             took, estimate = time.perf_counter() - start, evaluate(problem, placement)
             if placement.bound is not None and placement.bound[0] > bound.score:
                 bound = Bound(score=placement.bound[0], proof=placement.bound[1])
-            mine.append(Result(problem=title, policy=name, seconds=took, estimate=estimate, score=estimate.score(problem.objective)))
+            mine.append(Result(problem=title, policy=name, seconds=took, estimate=estimate, placement=placement, score=estimate.score(problem.objective)))
         mine = [r if r.estimate is None else dataclasses.replace(r, gap=bound.gap(r.score), proof=bound.proof) for r in mine]
         results += sorted(mine, key=lambda r: (r.estimate is None, r.score, r.policy))
     return results

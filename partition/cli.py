@@ -67,10 +67,10 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
             _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
-        return plan(fn, args, cluster=machines, policy=policy, objective=_SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, costs=None if costs is None else measured.read(costs)), args
+        return plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, costs=None if costs is None else measured.read(costs)), args
 
 
-_SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
+SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
 
 
 def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]:
@@ -82,7 +82,7 @@ def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]
     found = {}
     for text in [*(said or ()), *(f"{name}={value}" for name, value in short.items() if value is not None)]:
         name, _, value = text.partition("=")
-        name = _SHORT.get(name.strip(), name.strip())
+        name = SHORT.get(name.strip(), name.strip())
         if name not in OBJECTIVES:
             raise NameUnknownError.among("objective", name, OBJECTIVES, where="--limit")
         try:
@@ -184,96 +184,6 @@ def check_command(
     raise typer.Exit(code)
 
 
-@app.command("compare")
-def compare_command(
-    model: Model, cluster: ClusterName = "trn2_efa_cs3",
-    policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
-    objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
-    limits: Limits = None, sharding: Sharding = "search", sets: Sets = None,
-) -> None:  # fmt: skip
-    """Compare policies on one problem."""
-    from partition.bench import compare
-    from partition.phases import tag
-    from partition.pipeline import policy as find_policy
-    from partition.pipeline import request
-    from partition.policies import POLICIES
-    from partition.problem import pose
-    from partition.profiles import cluster as find_cluster
-    from partition.program import trace
-    from partition.tables import table
-    from partition.units import dollars, seconds
-
-    names = policy or sorted(POLICIES)
-    machines, _ = replaced(find_cluster(cluster), sets), [find_policy(n) for n in names]
-    with progress() as say:
-        say(f"trace {model}")
-        fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)
-        problem = pose(tag(trace(fn, *args)), machines, objective=_SHORT.get(objective, objective), limits=limited(limits), trips=trips, sharding=sharding)  # type: ignore[arg-type]
-        say("place")
-        results = compare({model: problem}, names)
-    if as_json:
-        print(json.dumps([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "why_not": r.why_not,
-                           "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")}}
-                          for r in results]))  # fmt: skip
-        return
-    lines = []
-    for r in results:
-        e = r.estimate
-        cells = ["-"] * 6 if e is None else [
-            seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok), f"{100 * (r.gap or 0):.1f} %"]  # fmt: skip
-        lines.append([r.policy, seconds(r.seconds), *cells])
-    print(table(f"{model} on {cluster}, objective {objective}", ("policy", "placed in", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "gap at most"), lines))
-    for r in results:
-        if r.estimate is None:
-            print(f"{r.policy}: {r.why_not}")
-
-
-@app.command("bench")
-def bench_command(
-    files: Annotated[Optional[list[Path]], typer.Argument(help="instance files of msr-fiddle/dnn-partitioning")] = None,  # noqa: UP045
-    suite: Annotated[Optional[str], typer.Option("--suite", help="a suite of made problems that never changes, such as v1")] = None,  # noqa: UP045
-    policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); portfolio by default")] = None,  # noqa: UP045
-    objective: Annotated[str, typer.Option("--objective", help="throughput (the longest load), or e2e (one request)")] = "throughput",
-    contiguous: Annotated[bool, typer.Option("--contiguous", help="meshes must be stages in an order")] = False,
-    seconds: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take for a problem [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Compare policies on problems from files and suites."""
-    import dataclasses
-
-    from partition import instances, suites
-    from partition.bench import Result, compare, profile
-    from partition.problem import OBJECTIVES
-    from partition.tables import table
-    from partition.units import seconds as spoken
-
-    if objective not in OBJECTIVES:
-        raise NameUnknownError.among("objective", objective, OBJECTIVES)
-    stems = [f.stem for f in files or []]
-    short = {path: path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in files or []}
-    problems = {name if list(short.values()).count(name) == 1 else str(path): instances.read(path) for path, name in short.items()}
-    problems |= suites.suite(suite) if suite is not None else {}
-    if not problems:
-        raise typer.BadParameter("name instance files, or --suite v1")
-    problems = {name: dataclasses.replace(p, objective=objective, contiguous=contiguous) for name, p in problems.items()}
-    with progress() as say:
-        results = compare(problems, policy or ["portfolio"], seconds=seconds, progress=say)
-
-    def value(r: Result) -> float:
-        return -r.score if problems[r.problem].rates is not None else -1 / r.score if r.score < 0 else r.score
-
-    if as_json:
-        print(json.dumps([{"problem": r.problem, "digest": suites.digest(problems[r.problem]), "policy": r.policy, "seconds": r.seconds, "value": None if r.estimate is None else value(r),
-                           "gap": r.gap, "proof": r.proof, "why_not": r.why_not} for r in results]))  # fmt: skip
-        return
-    lines = [(r.problem, r.policy, spoken(r.seconds), "-" if r.estimate is None else f"{value(r):.6g}", "-" if r.gap is None else f"{100 * r.gap:.2f} %", r.why_not or r.proof) for r in results]
-    what = "the longest load (tokens/s where machines have rates)" if objective == "throughput" else objective
-    print(table(f"{what}, in the problem's own unit", ("problem", "policy", "placed in", "value", "gap at most", "what"), lines))
-    if len(problems) > 1 and len({r.policy for r in results}) > 1:
-        print(table("Share of the problems on which a policy comes within a factor of the best", ("policy", "1", "1.01", "1.05", "1.2", "2"),
-                    [(name, *(f"{100 * x:.0f} %" for x in shares)) for name, shares in profile(results).items()]))  # fmt: skip
-
-
 @app.command("validate")
 def validate_command(
     folder: Annotated[Optional[Path], typer.Argument(help="a folder of measurements; those of the package by default")] = None,  # noqa: UP045
@@ -361,6 +271,9 @@ def demo_command(
 
 def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
+    from partition import comparing
+
+    comparing.register()
     try:
         code = app(standalone_mode=False)
     except PartitionError as error:

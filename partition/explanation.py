@@ -14,7 +14,7 @@ import numpy as np
 from partition.errors import InfeasibleError, PlacementError
 from partition.evaluation import Estimate, evaluate
 from partition.phases import Phase
-from partition.policies import phase_split, single
+from partition.policies import phase_split, portfolio, single
 from partition.policies._layers import of_kind
 from partition.problem import Placement, Problem
 from partition.units import dollars, rate, seconds
@@ -62,6 +62,15 @@ def alternatives(problem: Problem) -> tuple[Alternative, ...]:
     except (InfeasibleError, PlacementError) as error:
         found.append(Alternative(name="split", placement=None, estimate=None, why_not=error.what))
     return tuple(found)
+
+
+def best_found(problem: Problem) -> Alternative:
+    """What the portfolio finds for the problem's objective."""
+    try:
+        placed = portfolio(problem)
+    except (InfeasibleError, PlacementError) as error:
+        return Alternative(name="best found", placement=None, estimate=None, why_not=error.what)
+    return Alternative(name="best found", placement=placed, estimate=evaluate(problem, placed))
 
 
 def price_window(problem: Problem, split: Estimate, others: Sequence[Estimate], kind: str) -> tuple[float, float] | None:
@@ -127,7 +136,7 @@ def explain(problem: Problem) -> Answer:
     window = price_window(problem, split.estimate, [a.estimate for a in singles if a.estimate is not None], kind)
     beta = flip_beta(problem, split.placement, best.estimate)
     sentence = _sentence(split.estimate, best, kind, price, window, beta)
-    return Answer(split=split, best=best, alternatives=found, decode_kind=kind, window=window, flip_beta=beta, sentence=sentence)
+    return Answer(split=split, best=best, alternatives=(*found, best_found(problem)), decode_kind=kind, window=window, flip_beta=beta, sentence=sentence)
 
 
 def _numbers(e: Estimate) -> str:

@@ -146,7 +146,7 @@ def test_a_limit_is_kept_or_said() -> None:
     held = dataclasses.replace(problem, limits={"tpot": (fast.tpot + free.tpot) / 2 if free.tpot > fast.tpot else free.tpot})
     found = evaluate(held, pipeline.place(held, "portfolio"))
     assert found.tpot <= held.limits["tpot"] * (1 + 1e-9) and found.usd_per_mtok >= free.usd_per_mtok * (1 - 1e-9)
-    with pytest.raises(InfeasibleError, match="tpot is .* its limit"):
+    with pytest.raises(InfeasibleError, match=r"tpot is .* its limit"):
         pipeline.place(dataclasses.replace(problem, limits={"tpot": fast.tpot / 2}), "portfolio")
 
 
@@ -165,7 +165,7 @@ def test_a_policy_that_never_ends_is_stopped_with_its_best() -> None:
         while True:
             pass
 
-    with pytest.raises(PlacementError, match="longer than 0.2 s"):
+    with pytest.raises(PlacementError, match=r"longer than 0\.2 s"):
         pipeline.place(problem, idle, seconds=0.2)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,191 @@
+"""The verbs that hold placements against each other: compare, bench, front, explain."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from partition.cli import (
+    SHORT,
+    AsJson,
+    Batch,
+    ClusterName,
+    Limits,
+    Model,
+    NewTokens,
+    Objective,
+    PolicyName,
+    Prompt,
+    Sets,
+    Sharding,
+    Trips,
+    app,
+    limited,
+    progress,
+    replaced,
+)
+from partition.errors import NameUnknownError
+
+if TYPE_CHECKING:
+    from partition.problem import Problem
+
+
+def register() -> None:
+    """Add the verbs to the command."""
+    known = {command.name for command in app.registered_commands}
+    for name, verb in (("compare", compare_command), ("bench", bench_command), ("front", front_command), ("explain", explain_command)):
+        if name not in known:
+            app.command(name)(verb)
+
+
+def _posed(model: str, cluster: str, objective: str, prompt: int, new_tokens: int, batch: int, say: Callable[[str], None], *, sets: Sequence[str] | None, **options: Any) -> Problem:
+    """The problem of one request of a model."""
+    from partition.phases import tag
+    from partition.pipeline import request
+    from partition.problem import pose
+    from partition.profiles import cluster as find_cluster
+    from partition.program import trace
+
+    machines = replaced(find_cluster(cluster), sets)
+    say(f"trace {model}")
+    fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)
+    program = trace(fn, *args)
+    say("pose")
+    return pose(tag(program), machines, objective=SHORT.get(objective, objective), **options)
+
+
+def compare_command(
+    model: Model, cluster: ClusterName = "trn2_efa_cs3",
+    policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
+    objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
+    limits: Limits = None, sharding: Sharding = "search", sets: Sets = None,
+    bands: Annotated[bool, typer.Option("--bands", help="how sure is the order, with every number of the cluster drawn within its band?")] = False,
+    draws: Annotated[int, typer.Option("--draws", help="how many times numbers are drawn", min=1)] = 1000,
+    seconds_each: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
+) -> None:  # fmt: skip
+    """Compare policies on one problem."""
+    from partition.bench import compare
+    from partition.pipeline import policy as find_policy
+    from partition.policies import POLICIES
+    from partition.ranks import ranks
+    from partition.tables import table
+    from partition.units import dollars, seconds
+
+    names = policy or sorted(POLICIES)
+    _ = [find_policy(n) for n in names]
+    with progress() as say:
+        problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), sharding=sharding, sets=sets)
+        results = compare({model: problem}, names, seconds=seconds_each, progress=say)
+        order = ranks(problem, {r.policy: r.placement for r in results if r.placement is not None}, draws=draws, progress=say) if bands else None
+    if as_json:
+        print(json.dumps([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "proof": r.proof, "why_not": r.why_not,
+                           "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")}}
+                          for r in results]))  # fmt: skip
+        return
+    lines = []
+    for r in results:
+        e = r.estimate
+        cells = ["-"] * 6 if e is None else [
+            seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok), f"{100 * (r.gap or 0):.1f} %"]  # fmt: skip
+        lines.append([r.policy, seconds(r.seconds), *cells])
+    print(table(f"{model} on {cluster}, objective {objective}", ("policy", "placed in", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "gap at most"), lines))
+    for r in results:
+        if r.estimate is None:
+            print(f"{r.policy}: {r.why_not}")
+    if order is not None:
+        print(order)
+
+
+def bench_command(
+    files: Annotated[Optional[list[Path]], typer.Argument(help="instance files of msr-fiddle/dnn-partitioning")] = None,  # noqa: UP045
+    suite: Annotated[Optional[str], typer.Option("--suite", help="a suite of made problems that never changes, such as v1")] = None,  # noqa: UP045
+    policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); portfolio by default")] = None,  # noqa: UP045
+    objective: Annotated[str, typer.Option("--objective", help="throughput (the longest load), or e2e (one request)")] = "throughput",
+    contiguous: Annotated[bool, typer.Option("--contiguous", help="meshes must be stages in an order")] = False,
+    seconds: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take for a problem [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Compare policies on problems from files and suites."""
+    from partition import instances, suites
+    from partition.bench import Result, compare, profile
+    from partition.problem import OBJECTIVES
+    from partition.tables import table
+    from partition.units import seconds as spoken
+
+    if objective not in OBJECTIVES:
+        raise NameUnknownError.among("objective", objective, OBJECTIVES)
+    stems = [f.stem for f in files or []]
+    short = {path: path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in files or []}
+    problems = {name if list(short.values()).count(name) == 1 else str(path): instances.read(path) for path, name in short.items()}
+    problems |= suites.suite(suite) if suite is not None else {}
+    if not problems:
+        raise typer.BadParameter("name instance files, or --suite v1")
+    problems = {name: dataclasses.replace(p, objective=objective, contiguous=contiguous) for name, p in problems.items()}
+    with progress() as say:
+        results = compare(problems, policy or ["portfolio"], seconds=seconds, progress=say)
+
+    def value(r: Result) -> float:
+        return -r.score if problems[r.problem].rates is not None else -1 / r.score if r.score < 0 else r.score
+
+    if as_json:
+        print(json.dumps([{"problem": r.problem, "digest": suites.digest(problems[r.problem]), "policy": r.policy, "seconds": r.seconds, "value": None if r.estimate is None else value(r),
+                           "gap": r.gap, "proof": r.proof, "why_not": r.why_not} for r in results]))  # fmt: skip
+        return
+    lines = [(r.problem, r.policy, spoken(r.seconds), "-" if r.estimate is None else f"{value(r):.6g}", "-" if r.gap is None else f"{100 * r.gap:.2f} %", r.why_not or r.proof) for r in results]
+    what = "the longest load (tokens/s where machines have rates)" if objective == "throughput" else objective
+    print(table(f"{what}, in the problem's own unit", ("problem", "policy", "placed in", "value", "gap at most", "what"), lines))
+    if len(problems) > 1 and len({r.policy for r in results}) > 1:
+        print(table("Share of the problems on which a policy comes within a factor of the best", ("policy", "1", "1.01", "1.05", "1.2", "2"),
+                    [(name, *(f"{100 * x:.0f} %" for x in shares)) for name, shares in profile(results).items()]))  # fmt: skip
+
+
+def front_command(
+    model: Model, objectives: Annotated[Optional[list[str]], typer.Option("--objective", help="two or three of them (given again each)")] = None,  # noqa: UP045
+    cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "portfolio", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None,
+    points: Annotated[int, typer.Option("--points", help="limits that are tried on each further objective", min=1)] = 6,
+    limits: Limits = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """What can be had together: the Pareto front of two or three objectives."""
+    from partition.fronts import front
+    from partition.pipeline import policy as find_policy
+    from partition.tables import table
+
+    wanted = [SHORT.get(o, o) for o in objectives or ["usd", "tpot"]]
+    find_policy(policy)
+    with progress() as say:
+        problem = _posed(model, cluster, wanted[0], prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), sharding=sharding, sets=sets)
+        found = front(problem, wanted, policy=policy, points=points, progress=say)
+    names = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
+    if as_json:
+        print(json.dumps([{"mesh": p.placement.mesh.tolist()} | {k: getattr(p.estimate, k) for k in names} for p in found]))
+        return
+    lines = [[f"{i + 1}", *(f"{getattr(p.estimate, k):.5g}" for k in names), " ".join(sorted({problem.kinds[m] for m in p.placement.mesh}))] for i, p in enumerate(found)]
+    print(table(f"{model} on {cluster}: none of these is better than another in all of {', '.join(wanted)} (SI units, $, J)", ("point", *names, "meshes"), lines))
+
+
+def explain_command(
+    model: Model, cluster: ClusterName = "trn2_efa_4cs3", objective: Objective = "usd_per_mtok", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None,
+    limits: Limits = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Why a plan is what it is: each alternative, and where the answer flips."""
+    from partition.explanation import explain
+    from partition.tables import table
+    from partition.units import dollars, seconds
+
+    with progress() as say:
+        problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), sharding=sharding, sets=sets)
+        say("place the alternatives")
+        answer = explain(problem)
+    if as_json:
+        print(json.dumps({"sentence": answer.sentence, "window": answer.window, "flip_beta": answer.flip_beta,
+                          "alternatives": [{"name": a.name, "why_not": a.why_not} | ({} if a.estimate is None else {k: getattr(a.estimate, k) for k in ("ttft", "tpot", "e2e", "usd_per_mtok")})
+                                           for a in answer.alternatives]}))  # fmt: skip
+        return
+    lines = [(a.name, *(("-",) * 5 if (e := a.estimate) is None else (seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok))), a.why_not) for a in answer.alternatives]
+    print(answer.sentence)
+    print(table(f"{model} on {cluster}", ("alternative", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "what"), lines))
