@@ -86,5 +86,5 @@ def _rooms(problem: Problem) -> None:
         over = {m: float(needed[m] - problem.capacity[m]) for m in able}
         if all(x > 0 for x in over.values()):
             m = min(over, key=lambda m: over[m])
-            raise InfeasibleError(f"{name} needs {size(float(needed[m]))}, {size(over[m])} more than the roomiest mesh it may go to, {problem.meshes[m]}, holds", where=f"node {group[0]}",
+            raise InfeasibleError(f"{name} needs {size(float(needed[m]))}, {size(over[m])} more than {problem.meshes[m]} holds, and no mesh lacks less", where=f"node {group[0]}",
                                   mend="use larger meshes, a smaller batch or a shorter context, or cut the program finer")  # fmt: skip

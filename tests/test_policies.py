@@ -178,7 +178,7 @@ def test_a_policy_that_never_ends_is_stopped_with_its_best() -> None:
     (lambda p: {"pins": {0: 9}}, "pinned to mesh 9"),
     (lambda p: {"together": ((0, 1),), "pins": {0: 0, 1: 1}}, "they must share a mesh"),
     (lambda p: {"seconds": np.full_like(p.seconds, np.inf)}, "no mesh can run"),
-    (lambda p: {"capacity": p.capacity * 1e-6}, "more than the roomiest mesh"),
+    (lambda p: {"capacity": p.capacity * 1e-6}, "and no mesh lacks less"),
 ])  # fmt: skip
 def test_what_no_policy_could_place(change, says: str) -> None:  # type: ignore[no-untyped-def]
     problem = suites.chain(6, 0)

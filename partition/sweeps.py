@@ -1,0 +1,125 @@
+"""sweep(): one plan after another over a grid of inputs, in parallel, as a table; and the picture of which placement wins where.
+
+Inputs are sizes of the request (batch, prompt, new_tokens) and numbers of the cluster by the names that `Cluster.replace` knows. A program is traced
+once for each size; its problem is priced anew for each cell and placed anew. joblib runs the cells: on local processes, or on what `parallel_config` names.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partition.errors import InfeasibleError, NameUnknownError, OutputError, PlacementError
+from partition.evaluation import evaluate
+from partition.phases import Phase
+from partition.pipeline import place, policy
+from partition.problem import Placement, Problem, on, pose
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from partition.hardware import Cluster
+    from partition.policies import Policy
+
+SIZES = ("batch", "prompt", "new_tokens")
+GIVES = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
+
+
+def sweep(
+    model: str | Callable[..., Any], over: Mapping[str, Sequence[Any]], *, cluster: str | Cluster, how: str | Policy = "portfolio", objective: str = "e2e", jobs: int = 1,
+    limits: Mapping[str, float] | None = None, progress: Callable[[str], None] | None = None, **sizes: int,
+) -> pd.DataFrame:  # fmt: skip
+    """A row for each cell of the grid: its inputs, the objectives [SI units, $, J], `wins` (which machines serve which phase) and `why_not`.
+
+    model: a name, or sizes -> (fn, args). over: input -> its values. sizes: those that stay. jobs: processes; a policy that runs in them must be importable.
+    The rows are the same for any number of jobs. Raises NameUnknownError for an input that nothing has, PlacementError for an empty grid.
+    """
+    import joblib
+    import pandas as pd
+
+    from partition.profiles import cluster as find_cluster
+
+    machines = find_cluster(cluster) if isinstance(cluster, str) else cluster
+    if not over or not all(len(values) for values in over.values()):
+        raise PlacementError("a sweep without values has no cells", where="sweep(over=...)", mend="give each input the values it takes")
+    if wrong := sorted(set(sizes) - set(SIZES)):
+        raise NameUnknownError.among("size", wrong[0], SIZES)
+    numbers = [name for name in over if name not in SIZES]
+    for name in numbers:
+        machines.replace({name: over[name][0]})  # a wrong name is said before anything runs
+    policy(how)
+    grid = [dict(zip([n for n in over if n in SIZES], cell, strict=True)) for cell in itertools.product(*(over[n] for n in over if n in SIZES))]
+    cells = [dict(zip(numbers, cell, strict=True)) for cell in itertools.product(*(over[n] for n in numbers))]
+    parts = max(1, -(-jobs // len(grid)))  # cells of one size are shared out only where there are more processes than sizes
+    tasks = [(sizes | size, cells[i::parts]) for size in grid for i in range(parts) if cells[i::parts]]
+    run = joblib.Parallel(n_jobs=jobs, return_as="generator") if jobs != 1 else None
+    done = (_cells(model, size, some, machines, how, objective, limits) for size, some in tasks) if run is None else run(
+        joblib.delayed(_cells)(model, size, some, machines, how, objective, limits) for size, some in tasks)  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for i, part in enumerate(done):
+        rows += part
+        if progress is not None:
+            progress(f"{i + 1} of {len(tasks)} parts")
+    place_of = {name: {value: i for i, value in enumerate(values)} for name, values in over.items()}
+    return pd.DataFrame(sorted(rows, key=lambda row: [place_of[name][row[name]] for name in over]))
+
+
+def _cells(model: str | Callable[..., Any], size: dict[str, int], cells: Sequence[Mapping[str, Any]], machines: Cluster, how: str | Policy, objective: str,
+           limits: Mapping[str, float] | None) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of the cells of one size."""
+    from partition.phases import tag
+    from partition.pipeline import request
+    from partition.program import trace
+
+    whole = {"batch": 1, "prompt": 2048, "new_tokens": 256} | size
+    fn, args = request(model, **whole) if isinstance(model, str) else model(**whole)
+    base = pose(tag(trace(fn, *args)), machines, objective=objective, limits=limits)
+    rows = []
+    for cell in cells:
+        problem = on(base, machines.replace(dict(cell))) if cell else base
+        row: dict[str, Any] = {**whole, **cell}
+        try:
+            placement = place(problem, how)
+        except InfeasibleError as error:
+            rows.append(row | dict.fromkeys(GIVES, float("nan")) | {"wins": "", "why_not": error.what})
+            continue
+        estimate = evaluate(problem, placement)
+        rows.append(row | {name: float(getattr(estimate, name)) for name in GIVES} | {"wins": wins(problem, placement), "why_not": ""})
+    return rows
+
+
+def wins(problem: Problem, placement: Placement) -> str:
+    """Which machines serve which phase: "prefill trn2, decode cs3"; "all on cs3" where one kind serves all."""
+    by = {str(phase): "+".join(sorted({problem.kinds[placement.mesh[n]] for n in problem.nodes(phase)})) for phase in (Phase.PREFILL, Phase.DECODE) if problem.nodes(phase)}
+    kinds = set(by.values())
+    return f"all on {kinds.pop()}" if len(kinds) == 1 else ", ".join(f"{phase} {kind}" for phase, kind in by.items())
+
+
+def picture(frame: pd.DataFrame, x: str, y: str, path: str | Path) -> Path:
+    """Draw which placement wins where: a cell for each pair of two inputs, in the colour of its `wins`. Raises NameUnknownError, OutputError."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    for name in (x, y):
+        if name not in frame:
+            raise NameUnknownError.among("input", name, list(frame))
+    table = frame.pivot_table(index=y, columns=x, values="wins", aggfunc=lambda values: values.iloc[0] or "nothing fits", sort=False)
+    names = sorted(set(table.to_numpy().ravel()))
+    colours = [plt.get_cmap("tab10")(i % 10) for i in range(len(names))]
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    axes.imshow(table.apply(lambda column: column.map(names.index)).to_numpy(float), cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5, origin="lower", aspect="auto")
+    axes.set_xticks(range(len(table.columns)), [f"{v:g}" if isinstance(v, float | int) else str(v) for v in table.columns], rotation=45, ha="right")
+    axes.set_yticks(range(len(table.index)), [f"{v:g}" if isinstance(v, float | int) else str(v) for v in table.index])
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    figure.legend(handles=[Patch(color=c, label=n) for c, n in zip(colours, names, strict=True)], loc="outside upper center", ncols=min(3, len(names)), frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot draw: {error}", where=str(path), mend="name a .png, .svg or .pdf that you may write") from None
+    finally:
+        plt.close(figure)
+    return Path(path)
