@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "partition"
-PAGES = [ROOT / "README.md", PACKAGE / "README.md"]
+PAGES = [ROOT / "README.md", PACKAGE / "README.md", PACKAGE / "policies" / "README.md"]
 RUN = """
 import json, sys
 space = {"__name__": "__main__"}
