@@ -120,7 +120,7 @@ def _hold_to_host(model: str, nbytes: float) -> None:
 
 @app.command("plan")
 def plan_command(
-    model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "phase_split", objective: Objective = "e2e",
+    model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "portfolio", objective: Objective = "e2e",
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045

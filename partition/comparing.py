@@ -1,4 +1,4 @@
-"""The verbs that hold placements against each other: compare, bench, front, explain."""
+"""The verbs that hold placements against each other: compare, bench, front, explain, claims."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def register() -> None:
     """Add the verbs to the command."""
     known = {command.name for command in app.registered_commands}
-    for name, verb in (("compare", compare_command), ("bench", bench_command), ("front", front_command), ("explain", explain_command)):
+    for name, verb in (("compare", compare_command), ("bench", bench_command), ("front", front_command), ("explain", explain_command), ("claims", claims_command)):
         if name not in known:
             app.command(name)(verb)
 
@@ -189,3 +189,16 @@ def explain_command(
     lines = [(a.name, *(("-",) * 5 if (e := a.estimate) is None else (seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok))), a.why_not) for a in answer.alternatives]
     print(answer.sentence)
     print(table(f"{model} on {cluster}", ("alternative", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "what"), lines))
+
+
+def claims_command(
+    model: Model = "llama-3.1-70b", cluster: ClusterName = "trn2_efa_4cs3", gpus: Annotated[str, typer.Option("--gpus", help="a cluster of GPUs")] = "h100_only",
+    prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """The sentences of the announcement, held against the model one by one."""
+    from partition.claims import claims, claims_text
+    from partition.pipeline import request
+
+    with progress() as say:
+        found = claims(lambda: request(model, batch=batch, prompt=prompt, new_tokens=new_tokens), split=cluster, gpus=gpus, progress=say)
+    print(json.dumps([dataclasses.asdict(c) for c in found]) if as_json else claims_text(found))

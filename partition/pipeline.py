@@ -253,7 +253,7 @@ def place(problem: Problem, how: str | Policy, *, seconds: float | None = None, 
 
 
 def plan(
-    fn: Callable[..., Any] | Program, args: tuple[Any, ...] = (), *, cluster: str | Cluster, policy: str | Policy = "phase_split", objective: str = "e2e",
+    fn: Callable[..., Any] | Program, args: tuple[Any, ...] = (), *, cluster: str | Cluster, policy: str | Policy = "portfolio", objective: str = "e2e",
     level: Literal["block", "op"] = "block", trips: int | None = None, title: str | None = None,
     sharding: Literal["search", "tensor"] = "search", costs: Mapping[str, Mapping[str, float | str]] | None = None, limits: Mapping[str, float] | None = None, progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
 ) -> Plan:  # fmt: skip

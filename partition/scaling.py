@@ -83,7 +83,7 @@ def _joined(parts: Sequence[Estimate], count: int) -> Estimate:
 
 
 def curves(
-    of: Program | Callable[..., tuple[Any, tuple[Any, ...]]], sizes: Mapping[str, int], *, cluster: str | Cluster, policy: str | Policy = "phase_split", **options: Any,
+    of: Program | Callable[..., tuple[Any, tuple[Any, ...]]], sizes: Mapping[str, int], *, cluster: str | Cluster, policy: str | Policy = "portfolio", **options: Any,
 ) -> Curves:  # fmt: skip
     """Plan at some sizes, ready to be evaluated at others.
 

@@ -1,6 +1,7 @@
 """Bench, ranks, fronts, sweeps, and the verbs that show them."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def test_a_policys_proof_counts_for_all() -> None:
 def test_ranks_are_those_of_draws_priced_in_full() -> None:
     problem, _ = posed("trn2_efa_cs3", "e2e")
     found = ranks(problem, {n: place(problem, n) for n in ("single", "phase_split", "random")}, draws=200)
-    assert [(p.first, p.second) for p in found.pairs][0][0] != "random" and all(0 <= p.share <= 1 for p in found.pairs) and found.agree > 0.8 and "of 200 draws" in str(found)
+    assert found.pairs[0].first != "random" and all(0 <= p.share <= 1 for p in found.pairs) and found.agree > 0.8 and "of 200 draws" in str(found)
     assert found == ranks(problem, {n: place(problem, n) for n in ("single", "phase_split", "random")}, draws=200)
     with pytest.raises(PlacementError, match="two placements"):
         ranks(problem, {"single": place(problem, "single")})
@@ -61,7 +62,7 @@ def test_a_number_that_reverses_two_does_so_there() -> None:
 def test_no_point_of_a_front_beats_another() -> None:
     problem, _ = posed("trn2_efa_4cs3")
     points = front(problem, ("usd_per_mtok", "ttft"), points=2)
-    assert points and all(a.estimate.usd_per_mtok < b.estimate.usd_per_mtok and a.estimate.ttft > b.estimate.ttft for a, b in zip(points, points[1:], strict=False))
+    assert points and all(a.estimate.usd_per_mtok < b.estimate.usd_per_mtok and a.estimate.ttft > b.estimate.ttft for a, b in itertools.pairwise(points))
     for wrong in (("ttft",), ("ttft", "ttft"), ("ttft", "tpot", "e2e", "throughput")):
         with pytest.raises(PlacementError, match="two or three"):
             front(problem, wrong)
