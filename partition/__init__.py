@@ -14,7 +14,7 @@ _WHERE = {
     "Plan": "pipeline", "Problem": "problem", "Program": "program", "Stages": "stages", "Timeline": "timeline", "Verdict": "equivalence",
     "Work": "work", "check": "equivalence", "cluster": "profiles", "compare": "bench", "curves": "scaling", "cut": "stages", "device": "profiles",
     "evaluate": "evaluation", "explain": "explanation", "fit": "fidelity.fitting", "front": "fronts", "host_devices": "program", "lower_bound": "bounds", "model": "pipeline", "operators": "fidelity.kernels", "place": "pipeline",
-    "plan": "pipeline", "policy": "pipeline", "pose": "problem", "prepare": "execution", "ranks": "ranks", "read_instance": "instances:read", "report": "reporting:html", "rule": "work",
+    "plan": "pipeline", "policy": "pipeline", "pose": "problem", "prepare": "execution", "rank": "ranks", "read_instance": "instances:read", "report": "reporting:html", "rule": "work",
     "run": "execution", "sensitivity": "swings", "schedule": "timeline", "sweep": "sweeps", "tag": "phases", "trace": "program", "transfers": "dispatch", "uncut": "execution",
     "validate": "fidelity", "verify": "evaluation",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""claims(): the sentences of the announcement, held one by one against the model: a verdict, how sure it is, and the number that decides it.
+"""examine(): the sentences of the announcement, held one by one against the model: a verdict, how sure it is, and the number that decides it.
 
 In March 2026 AWS and Cerebras said that prefill is bound by arithmetic and decode by memory, that wafers decode many times faster than GPUs,
 that the split costs less than one kind of machine, and that answers are near instant. Each is true of some machines, sizes and prices.
@@ -37,7 +37,7 @@ class Claim:
     rests: str
 
 
-def claims(
+def examine(
     make: Callable[[], tuple[Any, tuple[Any, ...]]], *, split: str = "trn2_efa_4cs3", gpus: str = "h100_only", progress: Callable[[str], None] | None = None,
 ) -> tuple[Claim, ...]:  # fmt: skip
     """Hold the announcement's sentences against one request. make: gives (fn, args). split, gpus: clusters of the two kinds of machine, and of GPUs.

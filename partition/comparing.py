@@ -72,7 +72,7 @@ def compare_command(
     from partition.bench import compare
     from partition.pipeline import policy as find_policy
     from partition.policies import POLICIES
-    from partition.ranks import ranks
+    from partition.ranks import rank
     from partition.tables import table
     from partition.units import dollars, seconds
 
@@ -81,7 +81,7 @@ def compare_command(
     with progress() as say:
         problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), sharding=sharding, sets=sets)
         results = compare({model: problem}, names, seconds=seconds_each, progress=say)
-        order = ranks(problem, {r.policy: r.placement for r in results if r.placement is not None}, draws=draws, progress=say) if bands else None
+        order = rank(problem, {r.policy: r.placement for r in results if r.placement is not None}, draws=draws, progress=say) if bands else None
     if as_json:
         print(json.dumps([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "proof": r.proof, "why_not": r.why_not,
                            "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")}}
@@ -196,9 +196,9 @@ def claims_command(
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """The sentences of the announcement, held against the model one by one."""
-    from partition.claims import claims, claims_text
+    from partition.claims import claims_text, examine
     from partition.pipeline import request
 
     with progress() as say:
-        found = claims(lambda: request(model, batch=batch, prompt=prompt, new_tokens=new_tokens), split=cluster, gpus=gpus, progress=say)
+        found = examine(lambda: request(model, batch=batch, prompt=prompt, new_tokens=new_tokens), split=cluster, gpus=gpus, progress=say)
     print(json.dumps([dataclasses.asdict(c) for c in found]) if as_json else claims_text(found))

@@ -51,7 +51,7 @@ class Ranks:
         return "\n".join([*lines, f"Of {_EXACT} draws that were priced in full, {100 * self.agree:.0f} % of the pairs stand as said; a score differs by {100 * self.error:.0f} % at most."])
 
 
-def ranks(problem: Problem, placements: Mapping[str, Placement], *, draws: int = 1000, seed: int = 0, progress: Callable[[str], None] | None = None) -> Ranks:
+def rank(problem: Problem, placements: Mapping[str, Placement], *, draws: int = 1000, seed: int = 0, progress: Callable[[str], None] | None = None) -> Ranks:
     """Compare placements of one problem over the bands of its cluster; capacities stay. Numbers are drawn uniformly in their logarithms on either side of
     the nominal, half of them on each. Raises PlacementError for a problem without a program or a cluster, and for fewer than two placements."""
     cluster = problem.cluster

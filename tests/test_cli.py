@@ -55,7 +55,7 @@ def test_check_writes_json_and_junit_and_ends_with_zero(tmp_path: Path) -> None:
     (["plan", "tiny", "--policy", "phasesplit"], 2, "did you mean 'phase_split'"),
     (["plan", "tiny", "--objective", "speed"], 2, "there is no objective"),
     (["plan", "tiny", "--promt", "3"], 2, "--prompt"),
-    (["plan", "llama-3.1-70b", "--cluster", "trn2_efa_cs3", "--prompt", "64", "--new-tokens", "4"], 3, "too much"),
+    (["plan", "llama-3.1-70b", "--policy", "phase_split", "--cluster", "trn2_efa_cs3", "--prompt", "64", "--new-tokens", "4"], 3, "too much"),
     (["plan", "tiny", "--cluster", "nowhere.toml"], 2, "cannot be read"),
     (["plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--out", "/proc/no"], 2, "folder that you may write"),
     (["plan", "os:getcwd"], 2, "not (fn, args)"),

@@ -19,7 +19,7 @@ from partition.fronts import front
 from partition.phases import Phase
 from partition.pipeline import place
 from partition.problem import on
-from partition.ranks import ranks
+from partition.ranks import rank
 from partition.sweeps import sweep, wins
 
 
@@ -41,22 +41,22 @@ def test_a_policys_proof_counts_for_all() -> None:
 
 def test_ranks_are_those_of_draws_priced_in_full() -> None:
     problem, _ = posed("trn2_efa_cs3", "e2e")
-    found = ranks(problem, {n: place(problem, n) for n in ("single", "phase_split", "random")}, draws=200)
+    found = rank(problem, {n: place(problem, n) for n in ("single", "phase_split", "random")}, draws=200)
     assert found.pairs[0].first != "random" and all(0 <= p.share <= 1 for p in found.pairs) and found.agree > 0.8 and "of 200 draws" in str(found)
-    assert found == ranks(problem, {n: place(problem, n) for n in ("single", "phase_split", "random")}, draws=200)
+    assert found == rank(problem, {n: place(problem, n) for n in ("single", "phase_split", "random")}, draws=200)
     with pytest.raises(PlacementError, match="two placements"):
-        ranks(problem, {"single": place(problem, "single")})
+        rank(problem, {"single": place(problem, "single")})
 
 
 def test_a_number_that_reverses_two_does_so_there() -> None:
     problem, _ = posed("trn2_efa_cs3", "usd_per_mtok")
     both = {n: place(problem, n) for n in ("single", "phase_split")}
-    for rank in (r for r in ranks(problem, both, draws=10).pairs if r.number is not None):
-        assert problem.cluster is not None and rank.at is not None
+    for turn in (r for r in rank(problem, both, draws=10).pairs if r.number is not None):
+        assert problem.cluster is not None and turn.at is not None
         for factor, sign in ((1.03, 1), (0.97, -1)):
-            there = on(problem, problem.cluster.replace({rank.number: rank.at * factor}))
-            ahead = evaluate(there, dataclasses.replace(both[rank.second], problem=there)).usd_per_mtok - evaluate(there, dataclasses.replace(both[rank.first], problem=there)).usd_per_mtok
-            assert (ahead > 0) == ((sign > 0) == rank.below) or abs(ahead) < 1e-2 * evaluate(there, both[rank.first]).usd_per_mtok
+            there = on(problem, problem.cluster.replace({turn.number: turn.at * factor}))
+            ahead = evaluate(there, dataclasses.replace(both[turn.second], problem=there)).usd_per_mtok - evaluate(there, dataclasses.replace(both[turn.first], problem=there)).usd_per_mtok
+            assert (ahead > 0) == ((sign > 0) == turn.below) or abs(ahead) < 1e-2 * evaluate(there, both[turn.first]).usd_per_mtok
 
 
 def test_no_point_of_a_front_beats_another() -> None:
