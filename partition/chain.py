@@ -193,3 +193,11 @@ def _merged(chain: Chain, pairs: dict[int, int]) -> Chain:
     place = {u: i for i, u in enumerate(sequence)}
     made = _chain(chain.problem, tuple(tuple(sorted(n for g in members[u] for n in chain.groups[g])) for u in sequence), tuple(frozenset(place[b] for b in before[u]) for u in sequence))
     return dataclasses.replace(made, ordered=chain.ordered)
+
+
+def joined(chain: Chain, runs: Sequence[Sequence[int]]) -> Chain:
+    """The chain with each run of its groups as one, in the order of the runs, which must keep `before`."""
+    of = {g: i for i, run in enumerate(runs) for g in run}
+    before = tuple(frozenset({of[b] for g in run for b in chain.before[g]} - {i}) for i, run in enumerate(runs))
+    made = _chain(chain.problem, tuple(tuple(sorted(n for g in run for n in chain.groups[g])) for run in runs), before)
+    return dataclasses.replace(made, ordered=chain.ordered)

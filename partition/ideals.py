@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from partition.chain import Chain
+from partition.chain import Chain, joined
 
 Stage = tuple[int, tuple[int, ...]]
 """A kind of mesh, and groups."""
@@ -71,14 +71,38 @@ def prefixes(chain: Chain, order: Sequence[int] | None = None) -> np.ndarray:
     return made
 
 
+def thinned(chain: Chain, order: Sequence[int], most: int, best: float = float("inf")) -> Chain:
+    """The chain with runs of an order in one group, about `most` of them at most: stages end, of all places where one may if none takes longer than
+    `best`, where the least passes in each equal part of the work."""
+    at = np.asarray(order)
+    place, n = np.argsort(at), len(chain)
+    done, live = np.append(0.0, np.cumsum(chain.work.min(axis=1)[at])), np.zeros(n + 2)
+    for c in chain.crossings:
+        ends = place[list(c.ends)]
+        live[ends.min() + 1] += c.cost
+        live[ends.max() + 1] -= c.cost
+    passing = np.cumsum(live)[: n + 1]
+    allowed = np.nonzero(_possible(chain, done, best))[0] if np.isfinite(best) else np.arange(n + 1)
+    if len(allowed) > most:
+        spread = np.linspace(done[allowed[0]], done[allowed[-1]], most)
+        part = np.searchsorted(spread, done[allowed], side="left")
+        lowest = np.lexsort((allowed, passing[allowed], part))
+        allowed = allowed[lowest[np.unique(part[lowest], return_index=True)[1]]]
+    places = np.unique(np.concatenate([[0], allowed, [n]]))
+    return joined(chain, [at[a:b].tolist() for a, b in itertools.pairwise(places)])
+
+
 def windowed(chain: Chain, members: np.ndarray, best: float) -> np.ndarray:
     """bool [i]: the ideals at which a stage may end if none takes longer than `best`: so many meshes can have done what is in one, the others the rest."""
-    least = chain.work.min(axis=1)
-    done, count = members @ least, sum(chain.counts)
-    stages = np.arange(count + 1)
-    slack = 1e-9 * best
-    kept: np.ndarray = ((done[:, None] <= stages * best + slack) & (least.sum() - done[:, None] <= (count - stages) * best + slack)).any(axis=1)
-    return kept
+    return _possible(chain, members @ chain.work.min(axis=1), best)
+
+
+def _possible(chain: Chain, done: np.ndarray, best: float) -> np.ndarray:
+    """The same by the least work [s] that is done in each ideal."""
+    total, count = float(chain.work.min(axis=1).sum()), sum(chain.counts)
+    stages, slack = np.arange(count + 1), 1e-9 * best
+    kept = ((done[:, None] <= stages * best + slack) & (total - done[:, None] <= (count - stages) * best + slack)).any(axis=1)
+    return np.asarray(kept)
 
 
 def priced(chain: Chain, members: np.ndarray, best: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from partition.chain import Chain, reduced
 from partition.errors import InfeasibleError
-from partition.ideals import Stage, best_stages, ideals, prefixes
+from partition.ideals import Stage, best_stages, ideals, prefixes, thinned
 from partition.policies._phased import best_of
 from partition.problem import Placement, Problem
 
@@ -52,6 +52,9 @@ def orders(chain: Chain) -> Iterator[list[int]]:
     yield sorted(range(len(chain)), key=lambda g: (depth[g], g))
 
 
+_MANY = 1_200
+"""Groups above which only some of an order's ideals are tried: first all over, then where the best found leaves room."""
+
 _FEW = 4_000
 """Ideals of the merged groups that are still tried all."""
 
@@ -60,8 +63,13 @@ def staged(problem: Problem) -> Staged | None:
     """The best stages along some orders, and among all ideals of merged groups where these are few; None where none fits."""
     chain, best, by = reduced(problem), None, goal(problem)
     for order in orders(chain):
-        best = _better(best, chain, prefixes(chain, order), by)
-    if best is not None and len(merged := reduced(problem, best=best.value if by == "longest" else 1e300, roomy=True)) < len(chain):
+        if len(chain) <= _MANY:
+            best = _better(best, chain, prefixes(chain, order), by)
+            continue
+        for most in (_MANY // 2, _MANY):
+            few = thinned(chain, order, most, best.value if best is not None and by == "longest" else float("inf"))
+            best = _better(best, few, prefixes(few), by)
+    if best is not None and len(chain) <= _MANY and len(merged := reduced(problem, best=best.value if by == "longest" else 1e300, roomy=True)) < len(chain):
         members = ideals(merged, _FEW)
         best = best if members is None else _better(best, merged, members, by)
     return best
@@ -75,7 +83,7 @@ def _better(best: Staged | None, chain: Chain, members: np.ndarray, by: Literal[
 def order_dp(problem: Problem) -> Placement:
     """Place nodes in the best ordered stages along a few orders.
 
-    O(n^2 x counts of meshes used) at most: stages longer than the best found are left out. Raises InfeasibleError where nothing fits.
+    O(n^2 x counts of meshes used) at most; above 1,200 groups, some of the places to cut are tried, where little passes. Stages longer than the best found are left out. Raises InfeasibleError where nothing fits.
     """
     found = staged(problem) if problem.ports is not None else None
     placement = best_of(problem, prefixes) if problem.ports is None else found.chain.placed(found.stages) if found is not None else None
