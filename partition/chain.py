@@ -82,7 +82,7 @@ def kinds(problem: Problem) -> tuple[tuple[int, ...], ...]:
     """Meshes that are alike in all that a stage sees of them, in the problem's order."""
     found: dict[bytes, list[int]] = {}
     for m in range(len(problem.meshes)):
-        one = [problem.seconds[:, m], problem.resident[:, m], problem.activation[:, m], problem.capacity[m : m + 1], problem.price[m : m + 1], problem.power[m : m + 1]]
+        one = [problem.seconds[:, m], problem.resident[:, m], problem.activation[:, m], problem.capacity[m : m + 1], problem.price[m : m + 1], problem.power[m : m + 1], problem.depth[m : m + 1]]
         one += [problem.ports[m : m + 1]] if problem.ports is not None else [_links(problem, m)]
         found.setdefault(problem.kinds[m].encode() + np.concatenate(one).tobytes(), []).append(m)
     return tuple(map(tuple, found.values()))

@@ -72,9 +72,9 @@ def test_a_table_is_read_from_a_file(tmp_path: Path) -> None:
 
 def test_energy_is_the_power_of_the_machines_while_they_are_busy() -> None:
     fn, args = llama.generation("tiny", prompt=16, new_tokens=8)
-    plan = pt.plan(fn, args, cluster="trn2_efa_cs3", objective="joules_per_token")
+    plan = pt.plan(fn, args, cluster="trn2_efa_cs3", objective="joules_per_token", policy="phase_split")
     watts = [16 * 500.0, 23e3]
     assert plan.estimate.joules_per_token == pytest.approx(sum(b * w for b, w in zip(plan.estimate.occupied, watts, strict=True)) / 8)
     assert 0 <= plan.gap < 1 and "J per token" in str(plan)
-    doubled = pt.plan(fn, args, cluster=profiles.cluster("trn2_efa_cs3").replace({"cs3.power": "46 kW", "trn2.power": "1 kW"}))
+    doubled = pt.plan(fn, args, cluster=profiles.cluster("trn2_efa_cs3").replace({"cs3.power": "46 kW", "trn2.power": "1 kW"}), policy="phase_split")
     assert doubled.estimate.joules_per_token == pytest.approx(2 * plan.estimate.joules_per_token)

@@ -226,5 +226,5 @@ def test_a_plan_says_how_its_meshes_are_split() -> None:
     import partition as pt
 
     fn, args = llama.generation("tiny", prompt=PROMPT, new_tokens=8, seed=0, layers="scanned")
-    plan = pt.plan(fn, args, cluster="trn2_efa_cs3", sharding="tensor")
+    plan = pt.plan(fn, args, cluster="trn2_efa_cs3", sharding="tensor", policy="phase_split")
     assert "trn2 splits 64 ways: " in str(plan) and "contractions with weights tensor" in str(plan)
