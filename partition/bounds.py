@@ -13,7 +13,7 @@ import numpy as np
 from partition.chain import kinds
 from partition.evaluation import groups
 from partition.paths import cycle_bound, longest, path_bound
-from partition.problem import Problem
+from partition.problem import Placement, Problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +27,12 @@ class Bound:
         """How far the score may be from the best: the share of a time or of money that is too much, or of a rate that is missing; 0 where the bound is met."""
         whole = max(abs(reached), abs(self.score))
         return 0.0 if reached == self.score else max(0.0, (reached - self.score) / whole) if math.isfinite(whole) else float("inf")
+
+
+def best_bound(problem: Problem, placement: Placement) -> Bound:
+    """The problem's own bound, or what the policy of a placement proved, whichever leaves less open."""
+    own = lower_bound(problem)
+    return own if placement.bound is None or placement.bound[0] <= own.score else Bound(score=placement.bound[0], proof=placement.bound[1])
 
 
 def critical_path(problem: Problem, nodes: list[int]) -> float:

@@ -24,7 +24,7 @@ import numpy as np
 import pydantic
 
 from partition import profiles
-from partition.bounds import Bound, lower_bound
+from partition.bounds import Bound, best_bound
 from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, told, user_line
 from partition.evaluation import Estimate, evaluate, verify
 from partition.flow import Flow, Resident
@@ -282,7 +282,7 @@ def plan(
     estimate = evaluate(posed, placed)
     made = Plan(
         title=title or traced.entry.name, cluster=machines.name, policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "policy"),
-        problem=posed, placement=placed, estimate=estimate, bound=lower_bound(posed), how=tagged.how, timings=timings, versions=versions(),
+        problem=posed, placement=placed, estimate=estimate, bound=best_bound(posed, placed), how=tagged.how, timings=timings, versions=versions(),
     )  # fmt: skip
     if dump is not None:
         from partition.reporting import dumps

@@ -88,5 +88,5 @@ def order_dp(problem: Problem) -> Placement:
     found = staged(problem) if problem.ports is not None else None
     placement = best_of(problem, prefixes) if problem.ports is None else found.chain.placed(found.stages) if found is not None else None
     if placement is None:
-        raise InfeasibleError("no ordered stages fit", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
+        raise InfeasibleError("no ordered stages fit along the orders that were tried", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
     return placement
