@@ -116,7 +116,7 @@ class _Some:
         ends, shown = [prefill_end], min(trips, 3)
         for trip in range(shown):
             ends.append(self.run(self.of.inside, ("forward", "handoff") if trip == 0 else ("forward", "handoff", "carry"), trip))
-        tpot = ends[-1] - ends[-2] if shown else np.zeros(len(self.rows))
+        tpot = np.maximum(ends[-1] - ends[-2], self.least()) if shown else np.zeros(len(self.rows))
         end = (self.run(self.of.after, ("forward", "result"), 0) if self.of.after else ends[-1]) + (trips - shown) * tpot
         return {"ttft": ready, "tpot": tpot, "e2e": np.maximum(end, ready)}
 
@@ -208,6 +208,17 @@ class _Some:
             np.maximum(peak, self.on[n] * p.activation[n], out=peak)
         nbytes = [np.einsum("rbm,rm->bm", used[rows], p.resident[rows]) if rows.any() else np.zeros((b, m)) for rows in (self.of.weights, ~self.of.weights)]
         return nbytes[0], nbytes[1] + peak
+
+    def least(self) -> np.ndarray:
+        """What a trip takes at least [b]: the work of the busiest mesh."""
+        p, busy = self.p, np.zeros(len(self.rows) * len(self.p.meshes))
+        for n in self.of.inside:
+            if p.phase[n] is Phase.BOTH:
+                busy += (self.on[n] * p.seconds[n]).ravel()
+            else:
+                busy[self.at[n]] += self.taken[n]
+        most: np.ndarray = busy.reshape(len(self.rows), -1).max(axis=1)
+        return most
 
     def busy(self) -> np.ndarray:
         """Seconds of work [b, m]."""

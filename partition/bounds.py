@@ -26,7 +26,7 @@ class Bound:
     def gap(self, reached: float) -> float:
         """How far the score may be from the best: the share of a time or of money that is too much, or of a rate that is missing; 0 where the bound is met."""
         whole = max(abs(reached), abs(self.score))
-        return 0.0 if reached == self.score else max(0.0, (reached - self.score) / whole) if math.isfinite(whole) else float("inf")
+        return 0.0 if reached == self.score or whole == 0 else max(0.0, (reached - self.score) / whole) if math.isfinite(whole) else float("inf")
 
 
 def best_bound(problem: Problem, placement: Placement) -> Bound:
@@ -59,8 +59,9 @@ def lower_bound(problem: Problem) -> Bound:
             return Bound(score=cycle, proof="longest carry cycle of one trip, with the crossings that memory forces")
         head = longest(problem, before)[-1:]
         entered = bool(body) and any(f.src in head and f.kind == "handoff" and body[0] in f.dst for f in problem.flows)
-        trip = path_bound(problem, body) if entered else 0.0
-        return Bound(score=max(first + trip + cycle * max(0, trips - 1), critical_path(problem, before + inside + after)),
+        turns = cycle * max(0, trips - 1)
+        whole = first + path_bound(problem, body) + turns if entered else max(first, turns)  # else the loop does not wait for that path
+        return Bound(score=max(whole, critical_path(problem, before + inside + after)),
                      proof="longest path of prefill, then trips of the longest carry cycle, with the crossings that memory forces")  # fmt: skip
     if problem.objective in ("ttft", "tpot", "e2e"):
         return Bound(score=0.0 if problem.objective == "tpot" else critical_path(problem, list(range(len(problem)))), proof="critical path, each node on its fastest mesh")
@@ -75,9 +76,9 @@ def lower_bound(problem: Problem) -> Bound:
         proof = "area (linear program)" if area >= biggest else "biggest group on its fastest mesh"
         return Bound(score=-problem.workload.tokens / max(area, biggest, 1e-30), proof=proof)
     if problem.objective == "joules_per_token":
-        least = float((kept * problem.power[None, :]).min(axis=1) @ times)
+        least = float(np.where(np.isfinite(kept), kept * problem.power[None, :], np.inf).min(axis=1) @ times)
         return Bound(score=least / problem.workload.tokens, proof="every node on the mesh where it takes least energy, transfers free")
-    cheapest = float((kept * problem.price[None, :]).min(axis=1) @ times)
+    cheapest = float(np.where(np.isfinite(kept), kept * problem.price[None, :], np.inf).min(axis=1) @ times)
     return Bound(score=cheapest / problem.workload.tokens * 1e6, proof="every node on the mesh where it costs least, transfers free")
 
 

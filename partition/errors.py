@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import enum
+import functools
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Iterable
+from typing import Any
 
 
 class ExitCode(enum.IntEnum):
@@ -53,6 +55,10 @@ class PartitionError(Exception):
     def __init__(self, what: str, *, where: str, mend: str):
         super().__init__(f"{what}\n  where: {where}\n  mend:  {mend}")
         self.what, self.where, self.mend = what, where, mend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors come back from other processes as they are."""
+        return functools.partial(type(self), where=self.where, mend=self.mend), (self.what,), {k: v for k, v in self.__dict__.items() if k not in ("what", "where", "mend")}
 
 
 class ProfileError(PartitionError):

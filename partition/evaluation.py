@@ -133,6 +133,14 @@ class Schedule:
             self.send(n, trip)
         return functools.reduce(later, ends.values(), 0.0)
 
+    def least(self, nodes: Sequence[int]) -> Any:
+        """What running some nodes again and again takes at least: the work of the busiest mesh."""
+        busy: dict[int, Any] = {}
+        for n in nodes:
+            for m in self.where[n]:
+                busy[m] = busy.get(m, 0.0) + one(self.p.seconds[n, m])
+        return functools.reduce(later, busy.values(), 0.0)
+
     def send(self, n: int, trip: int) -> None:
         """Start every transfer of what node n made, once for each mesh that reads it; those that leave together share the sender's ports."""
         p, home = self.p, self.where[n]
@@ -191,7 +199,7 @@ def _over_links(problem: Problem, placement: Placement, record: list[Slot] | Non
     ends, shown = [prefill_end], min(trips, 3)
     for trip in range(shown):
         ends.append(schedule.run(inside, ("forward", "handoff") if trip == 0 else ("forward", "handoff", "carry"), trip))
-    tpot = ends[-1] - ends[-2] if shown else 0.0
+    tpot = later(ends[-1] - ends[-2], schedule.least(inside)) if shown else 0.0  # a late hand-off may hide what a trip takes
     rest = (trips - shown) * tpot
     end = schedule.run(after, ("forward", "result")) + rest if after else ends[-1] + rest
     if record is not None:

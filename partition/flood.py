@@ -13,9 +13,6 @@ import numpy as np
 from partition.errors import InfeasibleError
 from partition.problem import Placement, Problem
 
-_FINE = 1e3
-"""Tokens are counted in these parts of one, where flows are in whole numbers."""
-
 
 def spans(problem: Problem, placement: Placement) -> list[tuple[int, int]]:
     """The layers [start, end) of each mesh, (0, 0) of an idle one. Raises InfeasibleError for a mesh whose layers are no row, or too many."""
@@ -33,7 +30,7 @@ def spans(problem: Problem, placement: Placement) -> list[tuple[int, int]]:
 
 
 def flow(problem: Problem, held: Sequence[tuple[int, int]]) -> float:
-    """Tokens/s from source to sink, to a thousandth of one."""
+    """Tokens/s from source to sink, to a part in a billion of what all machines pass."""
     import scipy.sparse
     import scipy.sparse.csgraph
 
@@ -47,8 +44,10 @@ def flow(problem: Problem, held: Sequence[tuple[int, int]]) -> float:
     network[m : 2 * m, :m] = np.where(follows, problem.lanes[:m, :m], 0.0)
     network[2 * m, :m] = np.where(used & (start == 0), problem.lanes[m, :m], 0.0)
     network[m : 2 * m, 2 * m + 1] = np.where(used & (end == layers), problem.lanes[:m, m + 1], 0.0)
-    whole = scipy.sparse.csr_matrix(np.minimum(np.floor(network * _FINE), 2**30).astype(np.int32))
-    return float(scipy.sparse.csgraph.maximum_flow(whole, 2 * m, 2 * m + 1).flow_value) / _FINE
+    total = float(problem.rates.max(axis=1).sum()) or 1.0  # more than this flows nowhere
+    fine = 2**30 / total  # flows are found in whole numbers
+    whole = scipy.sparse.csr_matrix(np.floor(np.minimum(network, total) * fine).astype(np.int32))
+    return float(scipy.sparse.csgraph.maximum_flow(whole, 2 * m, 2 * m + 1).flow_value) / fine
 
 
 def capped(problem: Problem) -> float:

@@ -112,7 +112,8 @@ def priced(chain: Chain, members: np.ndarray, best: float) -> Iterator[tuple[np.
     """
     least = chain.work.min(axis=1)
     done, own = members @ least, members.astype(float)
-    work, size = own @ chain.work, own @ chain.size
+    able = np.isfinite(chain.work)
+    work, unable, size = own @ np.where(able, chain.work, 0.0), own @ ~able, own @ chain.size
     below = members.sum(axis=1)
     for start in range(1, len(members), _BLOCK):
         later = np.arange(start, min(start + _BLOCK, len(members)))
@@ -124,7 +125,7 @@ def priced(chain: Chain, members: np.ndarray, best: float) -> Iterator[tuple[np.
         subset &= done[later][None, :] - done[earlier][:, None] <= best * (1 + 1e-9)
         varied = np.ptp(members[first : later[-1] + 1].astype(np.int8), axis=0) > 0
         a, b = np.nonzero(subset)
-        seconds = work[later[b]] - work[earlier[a]]
+        seconds = np.where(unable[later[b]] - unable[earlier[a]] < 0.5, work[later[b]] - work[earlier[a]], np.inf)
         if chain.port.any():
             seconds += _paid(chain, members, earlier, later, varied)[a, b][:, None] * chain.port
         held = size[later[b]] - size[earlier[a]]

@@ -33,7 +33,7 @@ def read(path: str | Path) -> Problem:
         return _helix(text, str(path))
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InstanceError(f"is no JSON: {error}", where=str(path), mend="name an instance file") from None
     if not isinstance(raw, dict) or not {"nodes", "edges", "maxFPGAs"} <= raw.keys():
         raise InstanceError("is no instance of a format that is known", where=str(path), mend="it holds nodes, edges, maxFPGAs, maxCPUs and maxSizePerFPGA")
@@ -42,7 +42,7 @@ def read(path: str | Path) -> Problem:
 
 def _number(row: Mapping[str, Any], key: str, where: str, *, least: float = 0.0) -> float:
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value) or value < least:
         raise InstanceError(f"{key} is {value!r}", where=where, mend=f"give a number from {least:g}")
     return float(value)
 
@@ -55,14 +55,18 @@ def _dnn(raw: Mapping[str, Any], path: str) -> Problem:
     """
     nodes, edges = raw["nodes"], raw["edges"]
     many = {key: int(_number(raw, key, path)) for key in ("maxFPGAs", "maxCPUs")}
+    if wrong := [key for key in many if many[key] != raw[key]]:
+        raise InstanceError(f"{wrong[0]} is {raw[wrong[0]]!r}", where=path, mend="give a whole number")
     room, place = _number(raw, "maxSizePerFPGA", path), dict[Any, int]()
     if not isinstance(nodes, list) or not isinstance(edges, list) or not all(isinstance(x, dict) for x in (*nodes, *edges)):
         raise InstanceError("nodes and edges are lists of objects", where=path, mend="see the format")
     if not sum(many.values()) or not nodes:
         raise InstanceError("there is nothing to place, or nothing to place it on", where=path, mend="give nodes, and a device at least")
     for i, node in enumerate(nodes):
-        if node.get("id") in place or "id" not in node:
-            raise InstanceError(f"id {node.get('id')!r} is given twice or missing", where=f"{path}: nodes[{i}]", mend="give each node an id of its own")
+        if not isinstance(node.get("id"), str | int) or not isinstance(node.get("colorClass", 0), str | int | None):
+            raise InstanceError("an id or a colorClass is neither a number nor a word", where=f"{path}: nodes[{i}]", mend="give each node an id of its own")
+        if node["id"] in place:
+            raise InstanceError(f"id {node.get('id')!r} is given twice", where=f"{path}: nodes[{i}]", mend="give each node an id of its own")
         place[node["id"]] = i
     seconds, size, colours, backward = np.zeros((len(nodes), 2)), np.zeros(len(nodes)), dict[Any, list[int]](), set[int]()
     for i, node in enumerate(nodes):
@@ -78,7 +82,7 @@ def _dnn(raw: Mapping[str, Any], path: str) -> Problem:
     for i, edge in enumerate(edges):
         where = f"{path}: edges[{i}]"
         for key in ("sourceId", "destId"):
-            if edge.get(key) not in place:
+            if not isinstance(edge.get(key), str | int) or edge[key] not in place:
                 raise InstanceError(f"{key} {edge.get(key)!r} is no node", where=where, mend="name the id of a node")
         readers.setdefault((place[edge["sourceId"]], _number(edge, "cost", where)), []).append(place[edge["destId"]])
     order = _topological(len(nodes), readers, [str(n["id"]) for n in nodes], path)
@@ -129,7 +133,7 @@ def _helix(text: str, path: str) -> Problem:
     flat = re.sub(r"\s+", " ", text)
     held: dict[tuple[int, int], float] = {}
     for machine, terms in re.findall(r"node_throughput_constraint_(\d+): (.*?) <= 0", flat):
-        held |= {(int(machine), int(h)): float(rate) for rate, h in re.findall(rf"- ([\d.eE+]+) hold_{machine}_(\d+)(?!\d)", terms)}
+        held |= {(int(machine), int(h)): float(rate) for rate, h in re.findall(rf"- ([\d.eE+-]+) hold_{machine}_(\d+)(?!\d)", terms)}
     ends = {int(x) for x in re.findall(r"end_constraint_\d+: .*? <= (\d+)", flat)}
     if not held or len(ends) != 1:
         raise InstanceError("is no model of Helix: it lacks node_throughput_constraint or end_constraint", where=path, mend="name an ilp_model.lp of its repository")
@@ -139,7 +143,7 @@ def _helix(text: str, path: str) -> Problem:
     rates, lanes = np.zeros((m, most + 1)), np.zeros((m + 2, m + 2))
     for (i, h), rate in held.items():
         rates[place[str(i)], h] = rate
-    for a, b, rate in re.findall(r"edge_flow_constr_(\w+?)_(\w+?): flow_\w+ - ([\d.eE+]+) switch_\w+ <= 0", flat):
+    for a, b, rate in re.findall(r"edge_flow_constr_(\w+?)_(\w+?): flow_\w+ - ([\d.eE+-]+) switch_\w+ <= 0", flat):
         if a not in place or b not in place:
             raise InstanceError(f"a link joins {a} and {b}, one of which is no machine", where=f"{path}: edge_flow_constr_{a}_{b}", mend="give each machine its throughput")
         lanes[place[a], place[b]] = float(rate)

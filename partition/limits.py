@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -22,11 +24,12 @@ def within(seconds: float, policy: Callable[..., Placement], problem: Problem, *
 
     The operating system's timer interrupts Python between two of its steps, so a call into a library ends first.
     """
-    if seconds <= 0:
+    if not (math.isfinite(seconds) and seconds > 0):
         raise PlacementError(f"a policy cannot run for {seconds:g} s", where="seconds=...", mend="give it some time")
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         raise PlacementError("a time limit needs the main thread of a Unix system", where="seconds=...", mend="leave the limit out")
     best: list[tuple[float, Placement]] = []
+    free = dataclasses.replace(problem, limits={})  # the score has the limits in it; to verify them would be to evaluate again
 
     def seen(of: Problem, placement: Placement, estimate: Estimate) -> None:
         if of is not problem:
@@ -34,7 +37,7 @@ def within(seconds: float, policy: Callable[..., Placement], problem: Problem, *
         score = scored(problem, estimate)
         if not best or score < best[0][0]:
             try:
-                best[:] = [(score, verify(problem, placement))]
+                best[:] = [(score, dataclasses.replace(verify(free, placement), problem=problem))]
             except PartitionError:
                 return
 

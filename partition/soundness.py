@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from partition.errors import InfeasibleError, PlacementError
-from partition.problem import Problem
+from partition.errors import InfeasibleError, NameUnknownError, PlacementError
+from partition.problem import OBJECTIVES, Problem
 from partition.units import size
 
 
@@ -20,6 +20,12 @@ def hold_sound(problem: Problem) -> None:
 
 def _numbers(problem: Problem) -> None:
     n, m = len(problem), len(problem.meshes)
+    for name in (problem.objective, *problem.limits):
+        if name not in OBJECTIVES:
+            raise NameUnknownError.among("objective", name, OBJECTIVES, where="problem")
+    for name, limit in problem.limits.items():
+        if not isinstance(limit, int | float) or not limit > 0:
+            raise PlacementError(f"{name} cannot be held to {limit!r}", where="problem.limits", mend="give a number above 0")
     shapes = {"seconds": (n, m), "times": (n,), "activation": (n, m), "resident": (len(problem.residents), m), "capacity": (m,), "alpha": (m, m), "beta": (m, m),
               "wire": (m, m), "price": (m,), "power": (m,), "link_price": (m, m), "depth": (m,), "layer": (n,)}  # fmt: skip
     for name, shape in shapes.items():

@@ -48,7 +48,8 @@ def sweep(
         raise NameUnknownError.among("size", wrong[0], SIZES)
     numbers = [name for name in over if name not in SIZES]
     for name in numbers:
-        machines.replace({name: over[name][0]})  # a wrong name is said before anything runs
+        for value in over[name]:
+            machines.replace({name: value})  # what is wrong is said before anything runs
     policy(how)
     grid = [dict(zip([n for n in over if n in SIZES], cell, strict=True)) for cell in itertools.product(*(over[n] for n in over if n in SIZES))]
     cells = [dict(zip(numbers, cell, strict=True)) for cell in itertools.product(*(over[n] for n in numbers))]

@@ -58,3 +58,17 @@ def test_what_is_refused(tmp_path: Path, raw: Any, says: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InstanceError, match="cannot be read"):
         instances.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("raw", [change(nodes=[GOOD["nodes"][0] | {"id": [1]}]), change(nodes=[GOOD["nodes"][0] | {"colorClass": [1]}]), change(maxFPGAs=0.5),
+                                 change(edges=[{"sourceId": {}, "destId": 7, "cost": 1}]), "[" * 100_000, change(nodes=[GOOD["nodes"][0] | {"fpgaLatency": 10**400}])])  # fmt: skip
+def test_what_is_no_number_and_no_word(tmp_path: Path, raw: Any) -> None:
+    with pytest.raises(InstanceError):
+        read(tmp_path, raw)
+
+
+def test_an_error_comes_back_from_another_process_as_it_is() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(InstanceError("a", where="b", mend="c")))
+    assert (type(error), error.what, error.where, error.mend) == (InstanceError, "a", "b", "c")

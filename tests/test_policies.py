@@ -193,3 +193,55 @@ def test_the_suite_that_papers_cite_stays_as_it_is() -> None:
     assert {name: suites.digest(p) for name, p in suites.suite("v1").items()} == SUITE_V1
     with pytest.raises(NameUnknownError):
         suites.suite("v0")
+
+
+@pytest.mark.parametrize("name", ["ideal_dp", "milp", "order_dp", "pipedream", "portfolio"])
+def test_a_node_that_a_kind_cannot_run_goes_elsewhere(name: str) -> None:
+    problem = suites.chain(6, 3, (2, 1))
+    seconds = problem.seconds.copy()
+    seconds[2, :2] = np.inf
+    problem = dataclasses.replace(problem, seconds=seconds, contiguous=True)
+    best = evaluate(problem, POLICIES["exhaustive"](problem)).throughput
+    assert evaluate(problem, pipeline.place(problem, name)).throughput >= best * (1 - 1e-9) or name == "pipedream"
+
+
+def test_a_limit_and_a_time_limit_go_together() -> None:
+    problem, _ = posed()
+    held = dataclasses.replace(problem, limits={"e2e": 1e6})
+    assert evaluate(held, pipeline.place(held, "single", seconds=5)).e2e < 1e6
+    with pytest.raises(PlacementError, match="cannot be held to nan"):
+        pipeline.place(dataclasses.replace(problem, limits={"e2e": float("nan")}), "single")
+    with pytest.raises(PlacementError, match="cannot run for nan"):
+        pipeline.place(problem, "single", seconds=float("nan"))
+
+
+def test_shared_residents_never_make_milp_infeasible() -> None:
+    problem = suites.chain(6, 5, (3,))
+    shared = dataclasses.replace(problem.residents[0], blocks=(0, 2, 4), nbytes=1.0)
+    problem = dataclasses.replace(problem, residents=(*problem.residents, shared), resident=np.vstack([problem.resident, np.ones((1, 3))]), contiguous=True, capacity=problem.capacity + 0.7)
+    assert verify(problem, POLICIES["milp"](problem)) and verify(problem, POLICIES["ideal_dp"](problem))
+
+
+def loop_of(flows: list[tuple[int, int, float, str]], seconds: list[float], region: list[str], trips: int) -> Problem:
+    """A small problem over a slow link of 1 B/s, of nodes in a loop or not."""
+    base, n = suites.chain(len(seconds), 0, (2,)), len(seconds)
+    link = np.ones((2, 2)) + np.diag([np.inf, np.inf])
+    made = tuple(dataclasses.replace(base.flows[0], value=(i, None), src=s, dst=(d,), nbytes=b, kind=kind, times=1 if kind == "handoff" else trips) for i, (s, d, b, kind) in enumerate(flows))
+    return dataclasses.replace(base, seconds=np.repeat(np.array(seconds)[:, None], 2, axis=1), region=tuple(region), phase=tuple(Phase.PREFILL if r == "top" else Phase.DECODE for r in region),
+                               times=np.array([1 if r == "top" else trips for r in region]), flows=made, ports=None, beta=link, wire=link, residents=(), resident=np.zeros((0, 2)),
+                               workload=dataclasses.replace(base.workload, trips=trips), capacity=np.full(2, np.inf), activation=np.zeros((n, 2)))  # fmt: skip
+
+
+def test_a_late_hand_off_hides_no_work() -> None:
+    # D1 and D2 take 3 s each on one mesh in every trip, whatever D3, which waits for 100 B at 1 B/s, does elsewhere
+    problem = loop_of([(0, 1, 0.0, "handoff"), (1, 2, 0.0, "forward"), (2, 1, 0.0, "carry"), (0, 3, 100.0, "handoff")], [1.0, 3.0, 3.0, 1.0], ["top", "body", "body", "body"], 100)
+    for mesh in ([0, 0, 0, 1], [0, 0, 0, 0]):
+        e = evaluate(problem, problem.placement(mesh))
+        assert e.tpot >= 6.0 and e.e2e >= max(e.busy) * (1 - 1e-9)
+        assert e.e2e >= lower_bound(dataclasses.replace(problem, objective="e2e")).score * (1 - 1e-9)
+
+
+def test_a_loop_does_not_wait_for_what_does_not_feed_it() -> None:
+    problem = loop_of([(0, 2, 0.0, "handoff"), (2, 3, 0.0, "forward"), (3, 2, 0.0, "carry")], [1.0, 10.0, 1.0, 1.0], ["top", "top", "body", "body"], 10)
+    problem = dataclasses.replace(problem, objective="e2e")
+    assert lower_bound(problem).score <= evaluate(problem, POLICIES["exhaustive"](problem)).e2e * (1 + 1e-9)

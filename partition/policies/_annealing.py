@@ -22,7 +22,9 @@ class Walks:
         kind = {m: k for k, ms in enumerate(chain.kinds) for m in ms}
         meshes = len(kind)
         of = np.array([kind[m] for m in range(meshes)])
-        self.work, self.size, self.port, self.capacity = chain.work[:, of], chain.size[:, of], chain.port[of], chain.capacity[of]
+        finite = np.isfinite(chain.work)
+        work = np.where(finite, chain.work, 1e3 * np.where(finite, chain.work, 0.0).sum())  # where a mesh cannot run a group
+        self.work, self.size, self.port, self.capacity = work[:, of], chain.size[:, of], chain.port[of], chain.capacity[of]
         self.cost = np.array([c.cost for c in chain.crossings])
         self.src = np.array([c.src for c in chain.crossings], np.int64)
         touching: list[list[tuple[int, int]]] = [[] for _ in chain.groups]

@@ -8,6 +8,7 @@ import numpy as np
 
 from partition.chain import Chain, reduced
 from partition.errors import InfeasibleError, PlacementError
+from partition.evaluation import verify
 from partition.policies.order_dp import staged
 from partition.problem import Placement, Problem
 
@@ -34,6 +35,12 @@ def milp(problem: Problem, *, limit: float = 60.0) -> Placement:
     if found is None and first is None:
         raise InfeasibleError("no ordered stages fit", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
     placement = chain.placed(found) if found is not None else first.chain.placed(first.stages)  # type: ignore[union-attr]
+    try:
+        verify(problem, placement)
+    except InfeasibleError:  # residents that several groups share are not in the program: its bound stays one
+        if first is None:
+            raise PlacementError("the integer program leaves out residents that several nodes share", where="policy milp", mend="use the policy 'ideal_dp'") from None
+        placement = first.chain.placed(first.stages)
     if not problem.contiguous:
         return placement
     return dataclasses.replace(placement, bound=(-problem.workload.tokens / max(best, 1e-30), "integer program of ordered stages (HiGHS)"))

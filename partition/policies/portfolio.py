@@ -51,7 +51,12 @@ def portfolio(problem: Problem, *, seed: int = 0) -> Placement:
         return cover(problem, seed=seed)
     if (proved := every(problem)) is not None:
         return proved
-    best = local_search(problem, start=seeded(problem), seed=seed)
+    try:
+        best = local_search(problem, start=seeded(problem), seed=seed)
+    except PartitionError:
+        if problem.ports is None or not problem.contiguous:
+            raise
+        return ideal_dp(problem)
     if problem.ports is not None and problem.contiguous:
         try:
             exact = ideal_dp(problem)
