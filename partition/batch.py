@@ -1,17 +1,19 @@
 """Many placements of one problem evaluated at once, as arrays: what `evaluate` gives for each, in a small part of its time.
 
-Nothing is approximated: a test holds the two together. Nodes that both phases need go to every mesh that reads them, as `Problem.placement` has it.
+Nothing is approximated but the latency through a host, for which the sum of all loads stands; a test holds the two together. Nodes that both phases
+need go to every mesh that reads them, as `Problem.placement` has it. Memory, links that are missing, groups and limits are held to; the order of
+stages is not.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from partition.evaluation import _FAR, groups
+from partition.evaluation import FAR, groups
 from partition.phases import Phase
 from partition.problem import OBJECTIVES, Problem
 
@@ -47,7 +49,7 @@ class Batch:
                 over += np.maximum(0.0, (limit / found[name] if name == "throughput" else found[name] / limit) - 1.0 - 1e-9)
         value = -found[wanted] if wanted == "throughput" else found[wanted]
         possible = np.isfinite(found[wanted]) & (found["throughput"] > 0 if "throughput" in found else True)
-        return np.where(possible, np.where(over > 0, _FAR * (1 + np.minimum(over, 1e6)), value), np.inf)
+        return np.where(possible, np.where(over > 0, FAR * (1 + np.minimum(over, 1e6)), value), np.inf)
 
     def values(self, mesh: np.ndarray, objectives: Sequence[str] = OBJECTIVES) -> dict[str, np.ndarray]:
         """Numbers of `Estimate` for each placement, [b] each; inf (0 for throughput) where one is not feasible."""
@@ -116,7 +118,7 @@ class _Some:
         ends, shown = [prefill_end], min(trips, 3)
         for trip in range(shown):
             ends.append(self.run(self.of.inside, ("forward", "handoff") if trip == 0 else ("forward", "handoff", "carry"), trip))
-        tpot = np.maximum(ends[-1] - ends[-2], self.least()) if shown else np.zeros(len(self.rows))
+        tpot = np.maximum(ends[-1] - ends[-2], self.work(self.of.inside).max(axis=1)) if shown else np.zeros(len(self.rows))
         end = (self.run(self.of.after, ("forward", "result"), 0) if self.of.after else ends[-1]) + (trips - shown) * tpot
         return {"ttft": ready, "tpot": tpot, "e2e": np.maximum(end, ready)}
 
@@ -209,30 +211,20 @@ class _Some:
         nbytes = [np.einsum("rbm,rm->bm", used[rows], p.resident[rows]) if rows.any() else np.zeros((b, m)) for rows in (self.of.weights, ~self.of.weights)]
         return nbytes[0], nbytes[1] + peak
 
-    def least(self) -> np.ndarray:
-        """What a trip takes at least [b]: the work of the busiest mesh."""
+    def work(self, nodes: Iterable[int], times: np.ndarray | None = None) -> np.ndarray:
+        """Seconds [b, m] that some nodes run, so many times each; once, unless told."""
         p, busy = self.p, np.zeros(len(self.rows) * len(self.p.meshes))
-        for n in self.of.inside:
+        for n in nodes:
+            often = 1 if times is None else times[n]
             if p.phase[n] is Phase.BOTH:
-                busy += (self.on[n] * p.seconds[n]).ravel()
+                busy += (self.on[n] * (p.seconds[n] * often)).ravel()
             else:
-                busy[self.at[n]] += self.taken[n]
-        most: np.ndarray = busy.reshape(len(self.rows), -1).max(axis=1)
-        return most
-
-    def busy(self) -> np.ndarray:
-        """Seconds of work [b, m]."""
-        p, busy = self.p, np.zeros(len(self.rows) * len(self.p.meshes))
-        for n in range(len(p)):
-            if p.phase[n] is Phase.BOTH:
-                busy += (self.on[n] * (p.seconds[n] * p.times[n])).ravel()
-            else:
-                busy[self.at[n]] += self.taken[n] * p.times[n]
+                busy[self.at[n]] += self.taken[n] * often
         return busy.reshape(len(self.rows), -1)
 
     def occupied(self, weights: np.ndarray, batch: np.ndarray) -> np.ndarray:
         """Seconds [b, m] that a batch keeps others from each mesh; see `evaluation.under_way`."""
-        p, busy = self.p, self.busy()
+        p, busy = self.p, self.work(range(len(self.p)), self.p.times)
         if (p.depth == 1).all():
             return busy
         room = np.floor((p.capacity - weights) / np.maximum(batch, 1.0))
@@ -242,13 +234,7 @@ class _Some:
             parts.setdefault(int(p.layer[n]) if p.layer[n] >= 0 else -1 - n, []).append(n)
         longest = np.zeros_like(busy)
         for nodes in parts.values():
-            one = np.zeros_like(busy)
-            for n in nodes:
-                if p.phase[n] is Phase.BOTH:
-                    one += self.on[n] * (p.seconds[n] * p.times[n])
-                else:
-                    one.ravel()[self.at[n]] += self.taken[n] * p.times[n]
-            np.maximum(longest, one, out=longest)
+            np.maximum(longest, self.work(nodes, p.times), out=longest)
         return np.where(p.depth > 1, np.maximum(longest, busy / most), busy)
 
     def crossed(self) -> tuple[np.ndarray, np.ndarray]:
@@ -277,7 +263,7 @@ class _Some:
 
     def through_host(self) -> dict[str, np.ndarray]:
         """By the load of each mesh, with what it gives out and takes in; a request takes as long as all one after the other, at most."""
-        p, load = self.p, self.busy()
+        p, load = self.p, self.work(range(len(self.p)), self.p.times)
         assert p.ports is not None
         for i, f in enumerate(p.flows):
             if self.away[i] is None:

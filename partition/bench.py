@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from partition.bounds import Bound, lower_bound
+from partition.bounds import lower_bound
 from partition.errors import PartitionError
 from partition.evaluation import Estimate, evaluate
 from partition.pipeline import place, policy
@@ -53,8 +53,7 @@ def compare(
                 mine.append(Result(problem=title, policy=name, seconds=time.perf_counter() - start, estimate=None, why_not=error.what))
                 continue
             took, estimate = time.perf_counter() - start, evaluate(problem, placement)
-            if placement.bound is not None and placement.bound[0] > bound.score:
-                bound = Bound(score=placement.bound[0], proof=placement.bound[1])
+            bound = bound.stronger(placement)
             mine.append(Result(problem=title, policy=name, seconds=took, estimate=estimate, placement=placement, score=estimate.score(problem.objective)))
         mine = [r if r.estimate is None else dataclasses.replace(r, gap=bound.gap(r.score), proof=bound.proof) for r in mine]
         results += sorted(mine, key=lambda r: (r.estimate is None, r.score, r.policy))

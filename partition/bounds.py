@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from partition.chain import kinds
+from partition.chain import reduced
 from partition.evaluation import groups
 from partition.paths import cycle_bound, longest, path_bound
 from partition.problem import Placement, Problem
@@ -28,11 +28,9 @@ class Bound:
         whole = max(abs(reached), abs(self.score))
         return 0.0 if reached == self.score or whole == 0 else max(0.0, (reached - self.score) / whole) if math.isfinite(whole) else float("inf")
 
-
-def best_bound(problem: Problem, placement: Placement) -> Bound:
-    """The problem's own bound, or what the policy of a placement proved, whichever leaves less open."""
-    own = lower_bound(problem)
-    return own if placement.bound is None or placement.bound[0] <= own.score else Bound(score=placement.bound[0], proof=placement.bound[1])
+    def stronger(self, placement: Placement) -> Bound:
+        """This bound, or what the policy of a placement proved, whichever leaves less open."""
+        return self if placement.bound is None or placement.bound[0] <= self.score else Bound(score=placement.bound[0], proof=placement.bound[1])
 
 
 def critical_path(problem: Problem, nodes: list[int]) -> float:
@@ -72,7 +70,7 @@ def lower_bound(problem: Problem) -> Bound:
     times = problem.times.astype(float)
     kept = problem.seconds / problem.depth[None, :]  # a batch keeps a mesh from others for no less than this of what it does there
     if problem.objective == "throughput":
-        area, biggest = _area(problem, kept * times[:, None])
+        area, biggest = _area(dataclasses.replace(problem, seconds=kept))
         proof = "area (linear program)" if area >= biggest else "biggest group on its fastest mesh"
         return Bound(score=-problem.workload.tokens / max(area, biggest, 1e-30), proof=proof)
     if problem.objective == "joules_per_token":
@@ -97,30 +95,18 @@ def _cycle(problem: Problem, inside: list[int]) -> tuple[float, tuple[int, ...]]
     return max(best, alone)
 
 
-def _area(problem: Problem, work: np.ndarray) -> tuple[float, float]:
+def _area(problem: Problem) -> tuple[float, float]:
     """(the least time in which meshes can do all work between them, parts of groups and memory allowed; the biggest group on its fastest mesh) [s].
 
-    work: [n, m] s. Source: the assignment relaxation of scheduling on unrelated machines (Lenstra, Shmoys and Tardos, 1990).
+    Source: the assignment relaxation of scheduling on unrelated machines (Lenstra, Shmoys and Tardos, 1990).
     """
-    import networkx as nx
     import scipy.optimize
     import scipy.sparse
 
-    joined: nx.Graph[int] = nx.Graph()
-    joined.add_nodes_from(range(len(problem)))
-    for group in problem.together:
-        nx.add_path(joined, group)
-    members = [sorted(nodes) for nodes in nx.connected_components(joined)]
-    alike = kinds(problem)
-    first, counts = [ms[0] for ms in alike], np.array(list(map(len, alike)), float)
-    loads = np.array([work[list(nodes)][:, first].sum(axis=0) for nodes in members])
-    size = np.zeros_like(loads)
-    of = {n: g for g, nodes in enumerate(members) for n in nodes}
-    for r, resident in enumerate(problem.residents):
-        if len(users := {of[n] for n in resident.blocks}) == 1:
-            size[users.pop()] += problem.resident[r, first]
+    chain = reduced(problem, ordered=False)
+    loads, counts = chain.work, np.array(chain.counts, float)
     biggest = max((float(row[np.isfinite(row)].min()) for row in loads), default=0.0)
-    groups, width = len(members), len(alike)
+    groups, width = loads.shape
     able, scale = np.isfinite(loads), float(loads[np.isfinite(loads)].max(initial=0.0)) or 1.0
     index = np.arange(groups * width).reshape(groups, width)
     once = scipy.sparse.csr_matrix((np.ones(groups * width), (np.repeat(np.arange(groups), width), index.ravel())), shape=(groups, groups * width + 1))
@@ -130,9 +116,9 @@ def _area(problem: Problem, work: np.ndarray) -> tuple[float, float]:
         line[index[:, k]], line[-1] = np.where(able[:, k], loads[:, k], 0.0) / scale, -counts[k]
         rows.append(line)
         limits.append(0.0)
-        if np.isfinite(room := problem.capacity[first[k]] * counts[k]) and room > 0:
+        if np.isfinite(room := chain.capacity[k] * counts[k]) and room > 0:
             line = np.zeros(groups * width + 1)
-            line[index[:, k]] = size[:, k] / room
+            line[index[:, k]] = chain.size[:, k] / room
             rows.append(line)
             limits.append(1.0)
     bounds = [(0.0, 1.0 if ok else 0.0) for ok in able.ravel()] + [(0.0, None)]

@@ -35,8 +35,8 @@ class Chain:
 
     groups: the nodes of each, in an order that keeps `before` [g] (the groups that must stand no later). kinds: the meshes of each kind.
     work [g, k] s. size [g, k] B of residents that no other group has; shared: (groups, bytes [k]) of those that several need. capacity [k] B.
-    port [k] s/B: what a stage waits for a byte that it takes in or gives out; 0 where nothing waits. serial: whether it waits beside its
-    work, or while it works.
+    port [k] s/B: what a stage waits for a byte that it takes in or gives out; 0 where nothing waits. ordered: whether
+    stages must be in an order.
     """
 
     problem: Problem
@@ -68,14 +68,18 @@ class Chain:
         """Meshes of each kind."""
         return tuple(map(len, self.kinds))
 
-    def placed(self, stages: Sequence[tuple[int, Iterable[int]]]) -> Placement:
-        """The placement of stages, each a kind and its groups; a stage takes the next mesh of its kind."""
-        mesh, used = np.zeros(len(self.problem), np.int64), [0] * len(self.kinds)
+    def laid(self, stages: Iterable[tuple[int, Iterable[int]]], taken: Sequence[int] | None = None) -> dict[int, int]:
+        """Mesh of each node of stages, each a kind and its groups; a stage takes the next mesh of its kind after those `taken` [k]."""
+        used, found = list(taken or [0] * len(self.kinds)), dict[int, int]()
         for kind, groups in stages:
-            m = self.kinds[kind][used[kind]]
+            found |= {n: self.kinds[kind][used[kind]] for g in groups for n in self.groups[g]}
             used[kind] += 1
-            mesh[[n for g in groups for n in self.groups[g]]] = m
-        return self.problem.placement(mesh)
+        return found
+
+    def placed(self, stages: Iterable[tuple[int, Iterable[int]]]) -> Placement:
+        """The placement of stages that hold all nodes."""
+        found = self.laid(stages)
+        return self.problem.placement([found[n] for n in range(len(self.problem))])
 
 
 def kinds(problem: Problem) -> tuple[tuple[int, ...], ...]:
@@ -98,7 +102,8 @@ def reduced(problem: Problem, nodes: Iterable[int] | None = None, *, best: float
     """The groups of some nodes (all, unless told) for ordered stages.
 
     best [s]: the longest stage of a placement that is known; where it is finite, groups are merged further that no better placement needs apart.
-    roomy: merge as if memory never mattered, which may lose the best. ordered: whether stages must be in an order; else groups may go anywhere. O(nodes + edges) but for the merging, which is that for each turn.
+    roomy: merge as if memory never mattered, which may lose the best. ordered: whether stages must be in an order; else groups may go anywhere,
+    and hold what must share a mesh and no more. O(nodes + edges) but for the merging, which is that for each turn.
     """
     chosen = sorted(range(len(problem)) if nodes is None else nodes)
     made = _grouped(problem, chosen, ordered)
@@ -115,8 +120,7 @@ def _grouped(problem: Problem, nodes: Sequence[int], ordered: bool) -> Chain:
     order.add_nodes_from(nodes)
     order.add_edges_from((a, b) for a, b in problem.precedes if ordered and a in inside and b in inside)
     for group in problem.together:
-        here = [n for n in group if n in inside]
-        order.add_edges_from((a, b) for a, b in zip(here, [*here[1:], here[0]], strict=True) if a != b) if here else None
+        nx.add_cycle(order, [n for n in group if n in inside])
     condensed = nx.condensation(order)
     members = {c: sorted(condensed.nodes[c]["members"]) for c in condensed}
     sequence = list(nx.lexicographical_topological_sort(condensed, key=lambda c: members[c][0]))
@@ -179,20 +183,15 @@ def _dominated(chain: Chain, best: float, roomy: bool) -> dict[int, int]:
 
 def _merged(chain: Chain, pairs: dict[int, int]) -> Chain:
     """The chain with each group of `pairs` in that of its neighbour."""
-    into = {g: pairs.get(g, g) for g in range(len(chain))}
-    members: dict[int, list[int]] = {}
-    for g, u in into.items():
-        members.setdefault(u, []).append(g)
-    before = {u: {into[b] for g in gs for b in chain.before[g]} - {u} for u, gs in members.items()}
     import networkx as nx
 
+    runs: dict[int, list[int]] = {}
+    for g in range(len(chain)):
+        runs.setdefault(pairs.get(g, g), []).append(g)
     order: nx.DiGraph[int] = nx.DiGraph()
-    order.add_nodes_from(members)
-    order.add_edges_from((b, u) for u, earlier in before.items() for b in earlier)
-    sequence = list(nx.lexicographical_topological_sort(order))
-    place = {u: i for i, u in enumerate(sequence)}
-    made = _chain(chain.problem, tuple(tuple(sorted(n for g in members[u] for n in chain.groups[g])) for u in sequence), tuple(frozenset(place[b] for b in before[u]) for u in sequence))
-    return dataclasses.replace(made, ordered=chain.ordered)
+    order.add_nodes_from(runs)
+    order.add_edges_from((pairs.get(b, b), u) for u, run in runs.items() for g in run for b in chain.before[g] if pairs.get(b, b) != u)
+    return joined(chain, [runs[u] for u in nx.lexicographical_topological_sort(order)])
 
 
 def joined(chain: Chain, runs: Sequence[Sequence[int]]) -> Chain:

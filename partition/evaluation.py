@@ -66,7 +66,7 @@ class Estimate:
         return -float(value) if objective == "throughput" else float(value)
 
 
-_FAR = 1e15
+FAR = 1e15
 """What is added to the score of a placement that breaks a limit, and again for each limit's worth that it is over: it is worse than all that keep them."""
 
 
@@ -84,7 +84,7 @@ def broken(problem: Problem, estimate: Estimate) -> dict[str, float]:
 def scored(problem: Problem, estimate: Estimate) -> float:
     """The number that a policy minimises: the problem's objective, and far more where a limit is broken, the more the further."""
     over = sum(broken(problem, estimate).values())
-    return estimate.score(problem.objective) if not over else _FAR * (1 + min(over, 1e6))
+    return estimate.score(problem.objective) if not over else FAR * (1 + min(over, 1e6))
 
 
 def later(a: Any, b: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from partition.errors import InfeasibleError, NameUnknownError, PlacementError
-from partition.evaluation import Estimate, evaluate, scored
+from partition.evaluation import Estimate, broken, evaluate
 from partition.pipeline import place
 from partition.policies import Policy
 from partition.problem import OBJECTIVES, Placement, Problem
@@ -53,7 +53,7 @@ def front(
         low, high = getattr(best.estimate, o), getattr(first.estimate, o)
         for limit in np.geomspace(low, high, points + 2)[1:-1] if low > 0 and high > 0 and low != high else ():
             run(dataclasses.replace(problem, objective=objectives[0], limits={**problem.limits, o: float(limit)}), f"best {objectives[0]} with {o} held to {limit:.4g}")
-    kept = [p for p in found if scored(problem, p.estimate) < 1e14 and not any(_beats(q.estimate, p.estimate, objectives) for q in found)]
+    kept = [p for p in found if not broken(problem, p.estimate) and not any(_beats(q.estimate, p.estimate, objectives) for q in found)]
     unique = {tuple(p.estimate.score(o) for o in objectives): p for p in reversed(kept)}
     return tuple(unique[key] for key in sorted(unique))
 

@@ -14,6 +14,9 @@ from partition.errors import PartitionError, PlacementError
 from partition.evaluation import WATCH, Estimate, scored, verify
 from partition.problem import Placement, Problem
 
+_LONGEST = 1e8
+"""Seconds that a timer may be set to."""
+
 
 class _Stopped(BaseException):
     """Raised inside a policy whose time is over; no `except Exception` of its own holds it."""
@@ -45,8 +48,8 @@ def within(seconds: float, policy: Callable[..., Placement], problem: Problem, *
         raise _Stopped
 
     before, token = signal.signal(signal.SIGALRM, stop), WATCH.set(seen)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST))
         return policy(problem, **options)
     except _Stopped:
         if not best:

@@ -48,19 +48,24 @@ class _Walk:
     entry: np.ndarray
     single: np.ndarray
 
-    def entered(self, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(seconds, hops, entry) where full meshes are entered once each, at a share of the least that this takes.
+    def shortest(self, share: float, cyclic: bool) -> float:
+        """The least that the path takes where full meshes are entered once each, at a share of the least that this takes.
 
         Of the entries of a kind some come from other kinds, and are paid in the hops already. Not counting those twice is a bound for every share from
         0 to 1: with the whole of it, coming from elsewhere may seem a gain.
         """
-        entry = share * self.entry
-        hops = self.hops - entry[None, None, :]
-        hops[:, range(len(entry)), range(len(entry))] = 0.0
-        return self.seconds + entry * self.full, hops, entry
+        kinds, entry = range(len(self.entry)), share * self.entry
+        hops, seconds = self.hops - entry[None, None, :], self.seconds + entry * self.full
+        hops[:, kinds, kinds] = 0.0
+        value = np.full((len(entry), len(entry)), np.inf)  # [kind of the first node, kind of this one]
+        value[kinds, kinds] = seconds[0]
+        for hop, second in zip(hops, seconds[1:], strict=False):
+            value = (value[:, :, None] + hop).min(axis=1) + second
+        return float((value + hops[-1].T if cyclic else value - entry[:, None]).min())  # a path that ends does not enter its first mesh
 
 
 _SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+"""Shares of an entry that are tried; each gives a bound."""
 
 
 def _walk(problem: Problem, path: Sequence[int], cyclic: bool) -> _Walk:
@@ -97,26 +102,13 @@ def path_bound(problem: Problem, path: Sequence[int]) -> float:
     """Seconds that a path takes at least."""
     if not path:
         return 0.0
-    w, best = _walk(problem, path, False), 0.0
-    for share in _SHARES:
-        seconds, hops, entry = w.entered(share)
-        value = seconds[0] - entry  # the first mesh is not entered
-        for i in range(1, len(path)):
-            value = (value[:, None] + hops[i - 1]).min(axis=0) + seconds[i]
-        best = max(best, float(value.min()))
-    return best
+    w = _walk(problem, path, False)
+    return max(0.0, *(w.shortest(share, False) for share in _SHARES))
 
 
 def cycle_bound(problem: Problem, path: Sequence[int]) -> float:
     """Seconds that one round of a path takes at least whose end is carried to its begin: on one mesh, or through as many as memory asks for."""
     if not path:
         return 0.0
-    w, best = _walk(problem, path, True), 0.0
-    for share in _SHARES:
-        seconds, hops, entry = w.entered(share)
-        value = np.full((len(entry), len(entry)), np.inf)  # [kind of the first node, kind of this one]
-        np.fill_diagonal(value, seconds[0])
-        for i in range(1, len(path)):
-            value = (value[:, :, None] + hops[i - 1]).min(axis=1) + seconds[i]
-        best = max(best, float((value + hops[-1].T).min()))
-    return min(best, float(w.single.min()))
+    w = _walk(problem, path, True)
+    return min(max(0.0, *(w.shortest(share, True) for share in _SHARES)), float(w.single.min()))

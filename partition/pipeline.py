@@ -24,7 +24,7 @@ import numpy as np
 import pydantic
 
 from partition import profiles
-from partition.bounds import Bound, best_bound
+from partition.bounds import Bound, lower_bound
 from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, told, user_line
 from partition.evaluation import Estimate, evaluate, verify
 from partition.flow import Flow, Resident
@@ -282,7 +282,7 @@ def plan(
     estimate = evaluate(posed, placed)
     made = Plan(
         title=title or traced.entry.name, cluster=machines.name, policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "policy"),
-        problem=posed, placement=placed, estimate=estimate, bound=best_bound(posed, placed), how=tagged.how, timings=timings, versions=versions(),
+        problem=posed, placement=placed, estimate=estimate, bound=lower_bound(posed).stronger(placed), how=tagged.how, timings=timings, versions=versions(),
     )  # fmt: skip
     if dump is not None:
         from partition.reporting import dumps
@@ -323,7 +323,7 @@ def to_json(made: Plan) -> dict[str, Any]:
         "problem": numbers | {
             "names": p.names, "phase": [str(x) for x in p.phase], "region": p.region, "meshes": p.meshes, "kinds": p.kinds,
             "flows": [dataclasses.asdict(f) for f in p.flows], "residents": [dataclasses.asdict(r) for r in p.residents],
-            "workload": dataclasses.asdict(p.workload), "objective": p.objective, "pins": {str(k): v for k, v in p.pins.items()},
+            "workload": dataclasses.asdict(p.workload), "objective": p.objective, "limits": dict(p.limits), "pins": {str(k): v for k, v in p.pins.items()},
         },
         "splits": sharding_text(made), "stages": [dataclasses.asdict(row) for row in rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
     }  # fmt: skip
@@ -349,7 +349,7 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     problem = Problem(
         cluster=pydantic.TypeAdapter(Cluster | None).validate_python(raw["machines"]),
         names=tuple(p["names"]), phase=tuple(Phase(x) for x in p["phase"]), region=tuple(p["region"]), meshes=tuple(p["meshes"]),
-        kinds=tuple(p["kinds"]), workload=Workload(**p["workload"]), objective=p["objective"], pins={int(k): v for k, v in p["pins"].items()},
+        kinds=tuple(p["kinds"]), workload=Workload(**p["workload"]), objective=p["objective"], limits=p["limits"], pins={int(k): v for k, v in p["pins"].items()},
         flows=tuple(Flow(**f | {"value": _value(f["value"]), "dst": tuple(f["dst"])}) for f in p["flows"]),
         residents=tuple(Resident(**r | {"value": _value(r["value"]), "blocks": tuple(r["blocks"])}) for r in p["residents"]), **arrays,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from partition.chain import reduced
 from partition.errors import InfeasibleError, NameUnknownError, PlacementError
 from partition.problem import OBJECTIVES, Problem
 from partition.units import size
@@ -80,8 +81,7 @@ def _pins(problem: Problem) -> None:
 def _rooms(problem: Problem) -> None:
     if problem.rates is not None:
         return
-    joined = {n for group in problem.together for n in group}
-    for group in (*problem.together, *((n,) for n in range(len(problem)) if n not in joined)):
+    for group in reduced(problem, ordered=False).groups:
         rows = sorted({r for n in group for r in problem.needs[n]})
         needed = problem.resident[rows].sum(axis=0) + problem.activation[list(group)].max(axis=0)
         allowed = [problem.pins[n] for n in group if n in problem.pins] or range(len(problem.meshes))

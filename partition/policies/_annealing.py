@@ -84,8 +84,7 @@ class Walks:
         load[walks, there] += self.work[g, there]
         fits = self.held[walks, there] + self.size[g, there] <= self.capacity[there]
         before, after = self.score(self.load), self.score(load)
-        with np.errstate(invalid="ignore"):
-            taken = fits & np.isfinite(after) & (self.rng.random(_WALKS) < np.exp(np.minimum(0.0, (before - after) / max(heat, 1e-12))))
+        taken = fits & (self.rng.random(_WALKS) < np.exp(np.minimum(0.0, (before - after) / max(heat, 1e-12))))
         w = walks[taken]
         self.load[w] = load[w]
         self.count[w[:, None], values[w]] = new[w]

@@ -79,18 +79,14 @@ def apart(problem: Problem, prefill: Sequence[int], decode: Sequence[int], ends:
     first, second = solved(problem, prefill, ends), solved(problem, decode, ends)
     if first is None or second is None:
         return
-    (chain, early), (_, late) = first, second
+    (chain, early), (other, late) = first, second
     counts, join = np.array(chain.counts), max if problem.objective == "throughput" else sum
     ways = [(join((early.values[a], late.values[b])), a, b) for a in early.values for b in late.values
             if (np.add(a, b) <= counts).all() and np.isfinite(early.values[a]) and np.isfinite(late.values[b])]  # fmt: skip
     for value, a, b in sorted(ways, key=lambda w: (w[0], sum(w[1]) + sum(w[2]), w[1:]))[:_EVALUATED]:
-        taken, placed = [0] * len(counts), dict[int, int]()
-        for (made, found), state in ((first, a), (second, b)):
-            for kind, groups in found.trace(state):
-                m = made.kinds[kind][taken[kind]]
-                taken[kind] += 1
-                placed |= {n: m for g in groups for n in made.groups[g]}
-        yield value, placed
+        early_stages, late_stages = early.trace(a), late.trace(b)
+        taken = [sum(kind == k for kind, _ in early_stages) for k in range(len(counts))]
+        yield value, chain.laid(early_stages) | other.laid(late_stages, taken)
 
 
 def together(problem: Problem, prefill: Sequence[int], decode: Sequence[int], ends: Ends) -> Iterator[tuple[float, dict[int, int]]]:
@@ -107,10 +103,10 @@ def together(problem: Problem, prefill: Sequence[int], decode: Sequence[int], en
     made = solved(tied, sorted({*prefill, *decode}), ends)
     if made is None:
         return
-    (chain, found), inside = made, {*prefill, *decode}
+    chain, found = made
     for state, value in sorted(found.values.items(), key=lambda item: (item[1], sum(item[0]), item[0]))[:_EVALUATED]:
         if np.isfinite(value):
-            yield value, {n: m for n, m in enumerate(chain.placed(found.trace(state)).mesh.tolist()) if n in inside}
+            yield value, chain.laid(found.trace(state))
 
 
 def best_of(problem: Problem, ends: Ends) -> Placement | None:
@@ -118,13 +114,11 @@ def best_of(problem: Problem, ends: Ends) -> Placement | None:
     prefill, decode = problem.nodes(Phase.PREFILL), problem.nodes(Phase.DECODE)
     decode = [n for n in decode if problem.region[n] == "body"] or decode
     cheap = weighted(problem)
-    alone = [] if prefill and decode else [list(range(len(problem)))]
-    found: list[tuple[float, dict[int, int]]] = []
-    if alone:
-        made = solved(cheap, alone[0], ends)
-        found = [] if made is None else [(v, dict(enumerate(made[0].placed(made[1].trace(s)).mesh.tolist()))) for s, v in made[1].values.items() if np.isfinite(v)]
-    else:
+    if prefill and decode:
         found = [*apart(cheap, prefill, decode, ends), *together(cheap, prefill, decode, ends)]
+    else:  # a program of one phase
+        made = solved(cheap, range(len(problem)), ends)
+        found = [] if made is None else [(value, made[0].laid(made[1].trace(state))) for state, value in made[1].values.items() if np.isfinite(value)]
     best: tuple[float, Placement] | None = None
     near = float("inf")
     for value, placed in sorted(found, key=lambda f: f[0])[: 2 * _EVALUATED]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from partition.errors import InfeasibleError, PlacementError
-from partition.evaluation import evaluate, scored, verify
 from partition.phases import Phase
+from partition.policies._best import best_of_all
 from partition.problem import Placement, Problem
 
 LIMIT = 100_000
@@ -22,18 +25,15 @@ def exhaustive(problem: Problem) -> Placement:
     if count > LIMIT:
         raise PlacementError(f"{len(problem.meshes)}^{len(free)} placements are too many to try", where="policy exhaustive",
                              mend=f"it is for small problems (at most {LIMIT:,} placements): pin nodes, or use another policy")  # fmt: skip
-    best: tuple[float, Placement] | None = None
-    for choice in itertools.product(range(len(problem.meshes)), repeat=len(free)):
-        mesh = [0] * len(problem)
-        for n, m in zip(free, choice, strict=True):
-            mesh[n] = m
-        try:
-            placement = verify(problem, problem.placement(mesh))
-        except InfeasibleError:
-            continue
-        score = scored(problem, evaluate(problem, placement))
-        if best is None or score < best[0]:
-            best = (score, placement)
-    if best is None:
-        raise InfeasibleError("no placement fits", where=f"all {count:,} of them", mend="use a larger cluster or a smaller model")
-    return best[1]
+
+    def choices() -> Iterator[Callable[[], Sequence[int]]]:
+        for choice in itertools.product(range(len(problem.meshes)), repeat=len(free)):
+            mesh = np.zeros(len(problem), np.int64)
+            mesh[free] = choice
+            yield mesh.tolist
+
+    none = InfeasibleError("no placement fits", where=f"all {count:,} of them", mend="use a larger cluster or a smaller model")
+    try:
+        return best_of_all(problem, choices(), none)
+    except InfeasibleError:
+        raise none from None

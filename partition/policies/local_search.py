@@ -79,7 +79,8 @@ def _better(problem: Problem, one: Placement, other: Placement) -> Placement:
 
 
 def _climbed(problem: Problem, start: Placement, seed: int, rounds: int) -> Placement:
-    rng, batch, units = np.random.default_rng(seed), Batch(problem), _units(problem)
+    rng, batch = np.random.default_rng(seed), Batch(problem)
+    units = [list(nodes) for nodes in reduced(problem, ordered=False).groups if not problem.pins.keys() & set(nodes)]
     at = start.mesh.copy()
     patience = 10 if len(problem) < 600 else 3
     score, idle = float(batch.scores(at[None, :])[0]), 0
@@ -96,12 +97,6 @@ def _climbed(problem: Problem, start: Placement, seed: int, rounds: int) -> Plac
     return _better(problem, start, problem.placement(at))
 
 
-def _units(problem: Problem) -> list[list[int]]:
-    """Nodes that move together: those that must, and each by itself."""
-    joined = {n for group in problem.together for n in group}
-    return [*map(list, problem.together), *([n] for n in range(len(problem)) if n not in joined and n not in problem.pins)]
-
-
 def _moved(at: np.ndarray, units: Sequence[list[int]], problem: Problem, rng: np.random.Generator) -> np.ndarray:
     """The placement with one unit, a run of units, or one layer on another mesh, mostly that of a neighbour."""
     new, i = at.copy(), int(rng.integers(len(units)))
@@ -116,4 +111,3 @@ def _moved(at: np.ndarray, units: Sequence[list[int]], problem: Problem, rng: np
     others = [m for m in near if m != at[nodes[0]]]
     new[nodes] = others[int(rng.integers(len(others)))] if others and rng.random() < 0.7 else int(rng.integers(len(problem.meshes)))
     return new
-

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
 
 from partition.errors import InfeasibleError, PlacementError
-from partition.evaluation import evaluate, scored, verify
+from partition.policies._best import best_of_all
 from partition.policies._layers import of_kind
 from partition.problem import Placement, Problem
 
@@ -21,19 +22,8 @@ def min_cut(problem: Problem) -> Placement:
     pairs = list(itertools.combinations(firsts, 2)) or [(0, 1)]
     if len(problem.meshes) < 2:
         raise PlacementError("min_cut needs two meshes, the cluster has one", where="policy min_cut", mend="use the policy 'single'")
-    best, why = None, None
-    for a, b in pairs:
-        try:
-            placement = verify(problem, problem.placement(_cut(problem, a, b)))
-        except InfeasibleError as error:
-            why = error
-            continue
-        score = scored(problem, evaluate(problem, placement))
-        if best is None or score < best[0]:
-            best = (score, placement)
-    if best is None:
-        raise why or InfeasibleError("no cut fits", where="policy min_cut", mend="use the policy 'order_dp'")
-    return best[1]
+    none = InfeasibleError("no cut fits", where="policy min_cut", mend="use the policy 'order_dp'")
+    return best_of_all(problem, (functools.partial(_cut, problem, a, b) for a, b in pairs), none)
 
 
 def _cut(problem: Problem, a: int, b: int) -> list[int]:

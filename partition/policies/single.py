@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 from partition.errors import InfeasibleError
-from partition.evaluation import evaluate, scored, verify
+from partition.policies._best import best_of_all
 from partition.policies._layers import of_kind, together
 from partition.problem import Placement, Problem
 
@@ -14,19 +16,6 @@ def single(problem: Problem, *, kind: str | None = None) -> Placement:
     O(n m log) time.
     Raises InfeasibleError when no kind holds the model, with what the last one lacks.
     """
-    best: tuple[float, Placement] | None = None
-    lacking: InfeasibleError | None = None
-    for name, meshes in sorted(of_kind(problem).items()):
-        if kind is not None and name != kind:
-            continue
-        try:
-            placement = verify(problem, problem.placement(together(problem, meshes)))
-        except InfeasibleError as error:
-            lacking = error
-            continue
-        score = scored(problem, evaluate(problem, placement))
-        if best is None or score < best[0]:
-            best = (score, placement)
-    if best is None:
-        raise lacking or InfeasibleError(f"the cluster has no {kind}", where="policy single", mend=f"kinds: {', '.join(sorted(of_kind(problem)))}")
-    return best[1]
+    kinds = [meshes for name, meshes in sorted(of_kind(problem).items()) if kind is None or name == kind]
+    lacking = InfeasibleError(f"the cluster has no {kind}", where="policy single", mend=f"kinds: {', '.join(sorted(of_kind(problem)))}")
+    return best_of_all(problem, (functools.partial(together, problem, meshes) for meshes in kinds), lacking)
