@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -58,13 +59,10 @@ def bars() -> list[Bar]:
         seconds.append(took)
         gaps.append(lower_bound(made).gap(evaluate(made, placement).score("throughput")))
     exact = []
-    for name, made in suites.suite("v1").items():
-        if made.names and len(made) <= 200 and not name.startswith("layered-200"):
-            held = dataclasses.replace(made, contiguous=True)
-            try:
-                exact.append(timed(lambda held=held: place(held, "ideal_dp"))[0])
-            except pt.PartitionError:
-                continue
+    for made in suites.suite("v1").values():
+        held = dataclasses.replace(made, contiguous=True)
+        with contextlib.suppress(pt.PartitionError):  # too many ideals
+            exact.append(timed(lambda held=held: place(held, "ideal_dp"))[0])
     return [*rows, Bar.of("suite v1: seconds of portfolio, worst problem", [max(seconds)], "<=", 10.0, note="up to 1,000 nodes; an absolute time: a guide"),
             Bar.of("suite v1: gap of portfolio", gaps, None, note="bounds of areas: stages of unlike meshes leave 9 to 15 % open"),
-            Bar.of("suite v1: seconds of the proof of ordered stages", exact or [float("nan")], None)]  # fmt: skip
+            Bar.of("suite v1: seconds of the proof of ordered stages", exact, None, note=f"{len(exact)} of {len(suites.SUITES['v1'])} problems; the others have too many ideals")]  # fmt: skip

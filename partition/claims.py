@@ -12,15 +12,16 @@ from typing import Any
 
 from partition.errors import InfeasibleError, PlacementError
 from partition.evaluation import Estimate, evaluate
+from partition.explanation import alternatives
 from partition.phases import Phase, Phases
 from partition.pipeline import place
-from partition.policies import phase_split, single
+from partition.policies import single
 from partition.problem import Placement, Problem, on, pose
 from partition.profiles import cluster as find_cluster
 from partition.tables import table
 
 _INSTANT = {"voice": 0.3, "live coding": 0.5, "an agent's step": 1.0}
-"""Seconds until the first token that feel like no wait (assumed: published studies of turn-taking and of interfaces name 0.2 to 1 s)."""
+"""Seconds until the first token that feel like no wait (assumed)."""
 
 _MANY = 5.0
 """How many times faster "many times" is taken to be (assumed)."""
@@ -53,14 +54,11 @@ def examine(
     phases = tag(trace(fn, *args))
     say(f"pose on {split}")
     problem = pose(phases, find_cluster(split), objective="usd_per_mtok")
-    placement = place(problem, phase_split)
-    say("place on one kind")
-    alone = {}
-    for kind in sorted(set(problem.kinds)):
-        try:
-            alone[kind] = single(problem, kind=kind)
-        except InfeasibleError:
-            continue
+    say("place the alternatives")
+    *singles, announced = alternatives(problem)
+    if (placement := announced.placement) is None:
+        raise InfeasibleError(announced.why_not, where=f"cluster {split!r}", mend="name a larger cluster: --cluster")
+    alone = {a.name: a.placement for a in singles if a.placement is not None}
     say(f"pose on {gpus}")
     others = _gpus(phases, gpus)
     return (*_bound(problem), _faster(problem, placement, others), _cheaper(problem, placement, alone, others), *_instant(problem, placement))
@@ -117,7 +115,7 @@ def _cheaper(problem: Problem, placement: Placement, alone: Mapping[str, Placeme
     ours = [e.usd_per_mtok for e in _ends(problem, placement)]
     rivals = {kind: [e.usd_per_mtok for e in _ends(problem, p)] for kind, p in alone.items()}
     if others is not None:
-        rivals[others[0].kinds[0]] = [e.usd_per_mtok for e in _ends(*others)]
+        rivals[f"all on {others[0].kinds[0]}"] = [e.usd_per_mtok for e in _ends(*others)]
     cheapest = min(rivals, key=lambda kind: rivals[kind][0])
     best = rivals[cheapest]
     told = ", ".join(f"{kind} ${cost[0]:.2f} (${cost[1]:.2f} to ${cost[2]:.2f})" for kind, cost in sorted(rivals.items()))

@@ -1,4 +1,4 @@
-"""The command line: demo, plan, check, compare, validate, devices, policies. Everything it does is one call in Python.
+"""The command line: demo, plan, check, validate, devices, policies, and the verbs of `comparing`. Everything it does is one call in Python.
 
 Exit codes: 0 done or equal, 1 not equal, 2 wrong use, 3 infeasible, 4 crash. No verb imports JAX that does not need it.
 """
@@ -74,8 +74,7 @@ SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
 
 
 def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]:
-    """Objective -> what it may be at most, as the command line says. Raises PlacementError."""
-    from partition import units
+    """Objective -> what it may be at most, as the command line says. Raises NameUnknownError, PlacementError."""
     from partition.errors import PlacementError
     from partition.problem import OBJECTIVES
 
@@ -85,16 +84,21 @@ def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]
         name = SHORT.get(name.strip(), name.strip())
         if name not in OBJECTIVES:
             raise NameUnknownError.among("objective", name, OBJECTIVES, where="--limit")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            try:
-                found[name] = units.parse(value.strip(), "time") if name in ("ttft", "tpot", "e2e") else float("nan")
-            except ValueError:
-                found[name] = float("nan")
+        found[name] = _number(value.strip(), time=name in ("ttft", "tpot", "e2e"))
         if not found[name] > 0:
             raise PlacementError(f"{value!r} is no limit of {name}", where=f"--limit {text}", mend="write a number above 0, such as --limit ttft=0.5 or --limit tpot='20 ms'")
     return found
+
+
+def _number(text: str, *, time: bool) -> float:
+    """A number, or a time with its unit; NaN where it is neither."""
+    from partition.units import parse
+
+    with contextlib.suppress(ValueError):
+        return float(text)
+    with contextlib.suppress(ValueError):
+        return parse(text, "time") if time else float("nan")
+    return float("nan")
 
 
 def replaced(cluster: Cluster, sets: Sequence[str] | None) -> Cluster:
@@ -271,9 +275,8 @@ def demo_command(
 
 def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
-    from partition import comparing
+    import partition.comparing  # noqa: F401  (its verbs register themselves)
 
-    comparing.register()
     try:
         code = app(standalone_mode=False)
     except PartitionError as error:

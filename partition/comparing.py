@@ -35,14 +35,6 @@ if TYPE_CHECKING:
     from partition.problem import Problem
 
 
-def register() -> None:
-    """Add the verbs to the command."""
-    known = {command.name for command in app.registered_commands}
-    for name, verb in (("compare", compare_command), ("bench", bench_command), ("front", front_command), ("explain", explain_command), ("claims", claims_command)):
-        if name not in known:
-            app.command(name)(verb)
-
-
 def _posed(model: str, cluster: str, objective: str, prompt: int, new_tokens: int, batch: int, say: Callable[[str], None], *, sets: Sequence[str] | None, **options: Any) -> Problem:
     """The problem of one request of a model."""
     from partition.phases import tag
@@ -59,6 +51,7 @@ def _posed(model: str, cluster: str, objective: str, prompt: int, new_tokens: in
     return pose(tag(program), machines, objective=SHORT.get(objective, objective), **options)
 
 
+@app.command("compare")
 def compare_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3",
     policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
@@ -101,6 +94,7 @@ def compare_command(
         print(order)
 
 
+@app.command("bench")
 def bench_command(
     files: Annotated[Optional[list[Path]], typer.Argument(help="instance files of msr-fiddle/dnn-partitioning")] = None,  # noqa: UP045
     suite: Annotated[Optional[str], typer.Option("--suite", help="a suite of made problems that never changes, such as v1")] = None,  # noqa: UP045
@@ -144,6 +138,7 @@ def bench_command(
                     [(name, *(f"{100 * x:.0f} %" for x in shares)) for name, shares in profile(results).items()]))  # fmt: skip
 
 
+@app.command("front")
 def front_command(
     model: Model, objectives: Annotated[Optional[list[str]], typer.Option("--objective", help="two or three of them (given again each)")] = None,  # noqa: UP045
     cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "portfolio", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None,
@@ -168,6 +163,7 @@ def front_command(
     print(table(f"{model} on {cluster}: none of these is better than another in all of {', '.join(wanted)} (SI units, $, J)", ("point", *names, "meshes"), lines))
 
 
+@app.command("explain")
 def explain_command(
     model: Model, cluster: ClusterName = "trn2_efa_4cs3", objective: Objective = "usd_per_mtok", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None,
     limits: Limits = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
@@ -191,6 +187,7 @@ def explain_command(
     print(table(f"{model} on {cluster}", ("alternative", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "what"), lines))
 
 
+@app.command("claims")
 def claims_command(
     model: Model = "llama-3.1-70b", cluster: ClusterName = "trn2_efa_4cs3", gpus: Annotated[str, typer.Option("--gpus", help="a cluster of GPUs")] = "h100_only",
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, as_json: AsJson = False,

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from partition.chain import Chain, joined
+from partition.errors import PlacementError
 
 Stage = tuple[int, tuple[int, ...]]
 """A kind of mesh, and groups."""
@@ -64,16 +65,17 @@ def ideals(chain: Chain, most: int) -> np.ndarray | None:
     return members
 
 
-def prefixes(chain: Chain, order: Sequence[int] | None = None) -> np.ndarray:
-    """The ideals that an order of the groups goes through, as bool [g + 1, g]."""
+def prefixes(chain: Chain, order: Sequence[int] | None = None, ends: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """The ideals that an order of the groups goes through, as bool [i, g]: after each group, or after so many as `ends` says."""
     place = np.argsort(np.arange(len(chain)) if order is None else np.asarray(order))
-    made: np.ndarray = place[None, :] < np.arange(len(chain) + 1)[:, None]
+    after = np.arange(len(chain) + 1) if ends is None else np.asarray(ends)
+    made: np.ndarray = place[None, :] < after[:, None]
     return made
 
 
-def thinned(chain: Chain, order: Sequence[int], most: int, best: float = float("inf")) -> Chain:
-    """The chain with runs of an order in one group, about `most` of them at most: stages end, of all places where one may if none takes longer than
-    `best`, where the least passes in each equal part of the work."""
+def calm(chain: Chain, order: Sequence[int], most: int, best: float = float("inf")) -> np.ndarray:
+    """After how many groups of an order stages end, about `most` times at most: of all places where one may if none takes longer than `best`, where the
+    least passes in each equal part of the work. Nothing and all are among them."""
     at = np.asarray(order)
     place, n = np.argsort(at), len(chain)
     done, live = np.append(0.0, np.cumsum(chain.work.min(axis=1)[at])), np.zeros(n + 2)
@@ -88,8 +90,12 @@ def thinned(chain: Chain, order: Sequence[int], most: int, best: float = float("
         part = np.searchsorted(spread, done[allowed], side="left")
         lowest = np.lexsort((allowed, passing[allowed], part))
         allowed = allowed[lowest[np.unique(part[lowest], return_index=True)[1]]]
-    places = np.unique(np.concatenate([[0], allowed, [n]]))
-    return joined(chain, [at[a:b].tolist() for a, b in itertools.pairwise(places)])
+    return np.unique(np.concatenate([[0], allowed, [n]]))
+
+
+def thinned(chain: Chain, order: Sequence[int], ends: np.ndarray) -> Chain:
+    """The chain with the groups of an order between two of `ends` as one."""
+    return joined(chain, [list(order[a:b]) for a, b in itertools.pairwise(ends.tolist())])
 
 
 def windowed(chain: Chain, members: np.ndarray, best: float) -> np.ndarray:
@@ -163,9 +169,10 @@ def _paid(chain: Chain, members: np.ndarray, earlier: np.ndarray, later: np.ndar
 def best_stages(
     chain: Chain, members: np.ndarray, *, goal: Literal["longest", "sum"] = "longest", best: float = float("inf"), cross: np.ndarray | None = None, most: int = 40_000_000,
 ) -> Found | None:  # fmt: skip
-    """The best stages that end at some ideals, on no more meshes of each kind than there are; None where none reaches `best`, or too many may.
+    """The best stages that end at some ideals, on no more meshes of each kind than there are; None where none reaches `best`.
 
-    cross [i, k, k]: what passing from a stage of one kind to the next of another adds at each of `members` [s]. O(pairs of ideals x numbers of meshes used).
+    cross [i, k, k]: what passing from a stage of one kind to the next of another adds at each of `members` [s]. O(pairs of ideals x numbers of meshes used). Raises
+    PlacementError where there are more than `most` pairs.
     """
     order = np.argsort(members @ chain.work.min(axis=1) + 1e-15 * members.sum(axis=1), kind="stable")
     members, cross = members[order], None if cross is None else cross[order]
@@ -177,7 +184,7 @@ def best_stages(
         parts.append(block)
         total += len(block[0])
         if total > most:
-            return None
+            raise PlacementError(f"more than {most:,} stages would have to be priced", where=f"{len(members):,} places where one may end", mend="use the policy 'order_dp'")
     if not parts or members[0].any() or not members[-1].all():
         return None
     before, after, seconds = (np.concatenate(column) for column in zip(*parts, strict=True))

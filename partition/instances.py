@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from typing import Any
 import numpy as np
 
 from partition.errors import InstanceError
-from partition.flow import Flow, Resident
-from partition.phases import Phase
+from partition.plain import plain
 from partition.problem import Problem
-from partition.workload import Workload
 
 
 def read(path: str | Path) -> Problem:
@@ -87,19 +84,11 @@ def _dnn(raw: Mapping[str, Any], path: str) -> Problem:
         readers.setdefault((place[edge["sourceId"]], _number(edge, "cost", where)), []).append(place[edge["destId"]])
     order = _topological(len(nodes), readers, [str(n["id"]) for n in nodes], path)
     new = {old: i for i, old in enumerate(order)}
-    flows = [Flow(value=(i, None), src=new[s], dst=tuple(sorted({new[d] for d in dst} - {new[s]})), nbytes=cost, times=1, kind="forward") for i, ((s, cost), dst) in enumerate(readers.items())]
-    names = [str(nodes[old].get("name") or nodes[old]["id"]) for old in order]
-    residents = [Resident(name=names[i], kind="weights", value=(len(nodes) + i, None), blocks=(i,), nbytes=float(size[old])) for i, old in enumerate(order) if size[old] > 0]
-    meshes = ["accelerator"] * many["maxFPGAs"] + ["host"] * many["maxCPUs"]
-    m, columns = len(meshes), [0] * many["maxFPGAs"] + [1] * many["maxCPUs"]
-    return Problem(
-        names=_unique(names), phase=(Phase.NONE,) * len(nodes), region=("top",) * len(nodes), meshes=tuple(f"{kind}.{i}" for i, kind in enumerate(meshes)), kinds=tuple(meshes),
-        seconds=seconds[order][:, columns], times=np.ones(len(nodes), np.int64), flows=tuple(sorted((f for f in flows if f.dst), key=lambda f: (f.src, f.value))), residents=tuple(residents),
-        resident=np.array([[r.nbytes] * m for r in residents]).reshape(len(residents), m), activation=np.zeros((len(nodes), m)),
-        capacity=np.where(np.array(columns) == 0, room, np.inf), alpha=np.zeros((m, m)), beta=np.full((m, m), np.inf), wire=np.full((m, m), np.inf),
-        price=np.zeros(m), power=np.zeros(m), link_price=np.zeros((m, m)), depth=np.ones(m), layer=np.full(len(nodes), -1), workload=Workload(batch=1, trips=0),
-        objective="throughput", ports=np.where(np.array(columns) == 0, 1.0, 0.0), together=tuple(tuple(sorted(new[i] for i in group)) for group in colours.values() if len(group) > 1),
-        backward=frozenset(new[i] for i in backward),
+    columns = np.array([0] * many["maxFPGAs"] + [1] * many["maxCPUs"])
+    return plain(
+        [str(nodes[old].get("name") or nodes[old]["id"]) for old in order], [("accelerator", "host")[k] for k in columns], seconds[order][:, columns],
+        [(new[s], [new[d] for d in dst], cost) for (s, cost), dst in readers.items()], size[order], np.where(columns == 0, room, np.inf), ports=np.where(columns == 0, 1.0, 0.0),
+        together=tuple(tuple(sorted(new[i] for i in group)) for group in colours.values() if len(group) > 1), backward=frozenset(new[i] for i in backward),
     )  # fmt: skip
 
 
@@ -114,15 +103,6 @@ def _topological(n: int, readers: Mapping[tuple[int, float], Sequence[int]], ids
     except nx.NetworkXUnfeasible:
         cycle = [ids[a] for a, _ in nx.find_cycle(graph)]
         raise InstanceError(f"the nodes {' -> '.join([*cycle, cycle[0]])} wait for each other", where=path, mend="a graph of ops has no cycle") from None
-
-
-def _unique(names: Sequence[str]) -> tuple[str, ...]:
-    seen: Counter[str] = Counter()
-    out = []
-    for name in names:
-        seen[name] += 1
-        out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return tuple(out)
 
 
 def _helix(text: str, path: str) -> Problem:
@@ -150,11 +130,6 @@ def _helix(text: str, path: str) -> Problem:
     with np.errstate(divide="ignore"):
         seconds = 1.0 / rates[:, 1]
     kinds = {row.tobytes(): f"kind{i}" for i, row in enumerate(np.unique(rates, axis=0))}
-    return Problem(
-        names=tuple(f"layer {n}" for n in range(layers)), phase=(Phase.NONE,) * layers, region=("top",) * layers, meshes=tuple(f"machine {i}" for i in machines),
-        kinds=tuple(kinds[row.tobytes()] for row in rates), seconds=np.repeat(seconds[None, :], layers, axis=0), times=np.ones(layers, np.int64),
-        flows=tuple(Flow(value=(n, None), src=n, dst=(n + 1,), nbytes=1.0, times=1, kind="forward") for n in range(layers - 1)), residents=(), resident=np.zeros((0, m)),
-        activation=np.zeros((layers, m)), capacity=np.full(m, np.inf), alpha=np.zeros((m, m)), beta=np.full((m, m), np.inf), wire=np.full((m, m), np.inf), price=np.zeros(m),
-        power=np.zeros(m), link_price=np.zeros((m, m)), depth=np.ones(m), layer=np.arange(layers), workload=Workload(batch=1, trips=0), objective="throughput",
-        rates=rates, lanes=lanes,
-    )  # fmt: skip
+    return plain([f"layer {n}" for n in range(layers)], [kinds[row.tobytes()] for row in rates], np.repeat(seconds[None, :], layers, axis=0),
+                 [(n, [n + 1], 1.0) for n in range(layers - 1)], np.zeros(layers), np.full(m, np.inf), meshes=tuple(f"machine {i}" for i in machines), layer=np.arange(layers),
+                 rates=rates, lanes=lanes)  # fmt: skip

@@ -258,7 +258,7 @@ def pose(
     blocks = coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
     splits = layouts(phases, works, cluster, trips, tensor=sharding == "tensor")
     flowing, lying = flows(blocks, phases, runs)
-    names = _unique([b.scope or b.phase for b in blocks])
+    names = unique([b.scope or b.phase for b in blocks])
     return Problem(
         **_numbers(phases, blocks, works, splits, cluster, trips, names, costs or {}),
         names=names, times_given=costs or {}, phase=tuple(b.phase for b in blocks), region=tuple(b.region for b in blocks),
@@ -332,7 +332,8 @@ def _objects(rows: Sequence[Sequence[Any]], width: int) -> np.ndarray:
     return made
 
 
-def _unique(names: Sequence[str]) -> tuple[str, ...]:
+def unique(names: Sequence[str]) -> tuple[str, ...]:
+    """Names with a number behind each that was there before."""
     seen: dict[str, int] = {}
     out = []
     for name in names:

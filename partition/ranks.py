@@ -13,7 +13,7 @@ import numpy as np
 
 from partition.errors import PlacementError
 from partition.evaluation import evaluate
-from partition.hardware import End
+from partition.hardware import End, Quantity
 from partition.overrides import banded
 from partition.problem import Placement, Problem, on
 
@@ -57,8 +57,8 @@ def rank(problem: Problem, placements: Mapping[str, Placement], *, draws: int = 
     cluster = problem.cluster
     if problem.phases is None or cluster is None:
         raise PlacementError("only a problem that was posed here can be priced anew", where="ranks", mend="pose the program on a cluster")
-    if len(placements) < 2:
-        raise PlacementError("an order needs two placements", where="ranks", mend="give two policies or more")
+    if len(placements) < 2 or draws < 1:
+        raise PlacementError(f"an order needs two placements and a draw, not {len(placements)} and {draws}", where="ranks", mend="give two policies or more, and some draws")
     names, moving = list(placements), banded(cluster)
 
     def scores(values: Mapping[str, float]) -> np.ndarray:
@@ -89,13 +89,13 @@ def rank(problem: Problem, placements: Mapping[str, Placement], *, draws: int = 
     return Ranks(draws=draws, pairs=tuple(pairs), error=error, agree=float(np.mean(agree)))
 
 
-def _between(q: object, u: float) -> float:
+def _between(q: Quantity, u: float) -> float:
     """A number from the low end (u = -1) over its nominal to the high end (u = 1), evenly in its logarithm where it may be."""
-    value, end = float(q), float(q.at(End.LOW if u < 0 else End.HIGH))  # type: ignore[arg-type, attr-defined]
+    value, end = float(q), float(q.at(End.LOW if u < 0 else End.HIGH))
     return value * (end / value) ** abs(u) if value > 0 and end > 0 else value + (end - value) * abs(u)
 
 
-def _pair(names: list[str], moving: Sequence[tuple[str, str, object]], base: np.ndarray, ends: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Rank:
+def _pair(names: list[str], moving: Sequence[tuple[str, str, Quantity]], base: np.ndarray, ends: np.ndarray, drawn: np.ndarray, a: int, b: int) -> Rank:
     ahead = base[b] - base[a]
     best: tuple[float, str, float, bool] | None = None
     for i, (name, _, q) in enumerate(moving):

@@ -12,27 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from partition.errors import NameUnknownError
-from partition.flow import Flow, Resident
-from partition.phases import Phase
+from partition.plain import plain
 from partition.problem import Problem
-from partition.workload import Workload
 
 
 def posed(seconds: np.ndarray, edges: Mapping[int, Sequence[int]], cost: np.ndarray, size: np.ndarray, counts: Sequence[int], room: float) -> Problem:
     """A problem of nodes in topological order. seconds [n, k] on each kind, edges: node -> readers, cost [n] of moving what a node makes, size [n]
     B, counts: meshes of each kind, room B of each."""
     seconds, cost, size = (np.round(a, 6) for a in (seconds, cost, size))  # the same on every processor
-    n, columns = len(seconds), [k for k, count in enumerate(counts) for _ in range(count)]
+    columns = [k for k, count in enumerate(counts) for _ in range(count)]
     m = len(columns)
-    flows = tuple(Flow(value=(i, None), src=i, dst=tuple(sorted(edges[i])), nbytes=float(cost[i]), times=1, kind="forward") for i in sorted(edges) if edges[i])
-    residents = tuple(Resident(name=f"weights {i}", kind="weights", value=(n + i, None), blocks=(i,), nbytes=float(size[i])) for i in range(n) if size[i] > 0)
-    return Problem(
-        names=tuple(f"node {i}" for i in range(n)), phase=(Phase.NONE,) * n, region=("top",) * n, meshes=tuple(f"kind{k}.{i}" for i, k in enumerate(columns)),
-        kinds=tuple(f"kind{k}" for k in columns), seconds=seconds[:, columns], times=np.ones(n, np.int64), flows=flows, residents=residents,
-        resident=np.array([[r.nbytes] * m for r in residents]).reshape(len(residents), m), activation=np.zeros((n, m)), capacity=np.full(m, room),
-        alpha=np.zeros((m, m)), beta=np.full((m, m), np.inf), wire=np.full((m, m), np.inf), price=np.ones(m), power=np.ones(m), link_price=np.zeros((m, m)),
-        depth=np.ones(m), layer=np.full(n, -1), workload=Workload(batch=1, trips=0), objective="throughput", ports=np.ones(m),
-    )  # fmt: skip
+    return plain([f"node {i}" for i in range(len(seconds))], [f"kind{k}" for k in columns], seconds[:, columns], [(i, edges[i], float(cost[i])) for i in sorted(edges)], size,
+                 np.full(m, room), price=np.ones(m), power=np.ones(m), ports=np.ones(m))  # fmt: skip
 
 
 def _random(edges: Mapping[int, Sequence[int]], n: int, rng: np.random.Generator, counts: Sequence[int]) -> Problem:

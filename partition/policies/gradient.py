@@ -7,6 +7,7 @@ import numpy as np
 from partition.batch import Batch
 from partition.errors import InfeasibleError
 from partition.phases import Phase
+from partition.policies._phased import rates
 from partition.problem import Placement, Problem
 
 _SEEDS = 16
@@ -41,8 +42,6 @@ def _relaxed(problem: Problem, seed: int, steps: int) -> np.ndarray:
     import jax
     import jax.numpy as jnp
     import optax
-
-    from partition.policies._phased import rates
 
     n, m = len(problem), len(problem.meshes)
     finite = np.where(np.isfinite(problem.seconds), problem.seconds, 10 * np.nanmax(np.where(np.isfinite(problem.seconds), problem.seconds, np.nan)))

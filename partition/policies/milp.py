@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -46,77 +47,85 @@ def milp(problem: Problem, *, limit: float = 60.0) -> Placement:
     return dataclasses.replace(placement, bound=(-problem.workload.tokens / max(best, 1e-30), "integer program of ordered stages (HiGHS)"))
 
 
+class _Program:
+    """Rows of an integer program, `sum of number x column <= most`, as they are added. y [g, b]: the columns of "v stands in stage b or before", z [b, k]: of
+    "stage b is of kind k", gives and takes [crossing, b]: of "stage b gives it out" and "takes it in"; the last column is the longest load, over `upper`."""
+
+    def __init__(self, chain: Chain, stages: int, upper: float):
+        g, k, values = len(chain), len(chain.kinds), len(chain.crossings)
+        self.chain, self.stages, self.upper = chain, stages, upper
+        columns = np.split(np.arange((g + k + 2 * values) * stages), np.cumsum([g * stages, stages * k, values * stages]))
+        self.y, self.z, self.gives, self.takes = (part.reshape(shape) for part, shape in zip(columns, ((g, stages), (stages, k), (values, stages), (values, stages)), strict=True))
+        self.width = (g + k + 2 * values) * stages + 1
+        self.rows, self.columns, self.numbers, self.limits = list[int](), list[int](), list[float](), list[float]()
+
+    def add(self, entries: Iterable[tuple[int, float]], most: float) -> None:
+        for column, number in entries:
+            self.rows.append(len(self.limits))
+            self.columns.append(int(column))
+            self.numbers.append(number)  # numbers of one column in one row add up
+        self.limits.append(most)
+
+    def inside(self, v: int, b: int, number: float) -> list[tuple[int, float]]:
+        """Whether v stands in stage b."""
+        return [(self.y[v, b], number)] + ([(self.y[v, b - 1], -number)] if b else [])
+
+    def order(self) -> None:
+        for v, before in enumerate(self.chain.before):
+            for b in range(self.stages - 1):
+                self.add([(self.y[v, b], 1.0), (self.y[v, b + 1], -1.0)], 0.0)
+            for u in before:
+                for b in range(self.stages):
+                    self.add([(self.y[v, b], 1.0), (self.y[u, b], -1.0)], 0.0)
+
+    def crossings(self) -> None:
+        for i, c in enumerate(self.chain.crossings):
+            for b in range(self.stages):
+                for w in c.dst:  # given out where a reader is not inside, taken in where a reader is and the source is not
+                    self.add([*self.inside(c.src, b, 1.0), *self.inside(w, b, -1.0), (self.gives[i, b], -1.0)], 0.0)
+                    self.add([*self.inside(w, b, 1.0), *self.inside(c.src, b, -1.0), (self.takes[i, b], -1.0)], 0.0)
+
+    def loads(self) -> None:
+        """A stage that is of a kind has its load and its room; each stage is of one kind, each kind has so many."""
+        chain, every = self.chain, range(len(self.chain.kinds))
+        finite = np.where(np.isfinite(chain.work), chain.work, 2 * self.upper)
+        moved = 2 * sum(c.cost for c in chain.crossings)
+        for b in range(self.stages):
+            for k in every:
+                work = [entry for v in range(len(chain)) for entry in self.inside(v, b, finite[v, k] / self.upper)]
+                waits = [(column, c.cost * chain.port[k] / self.upper) for i, c in enumerate(chain.crossings) for column in (self.gives[i, b], self.takes[i, b])]
+                most = float(finite[:, k].sum() + moved * chain.port[k]) / self.upper
+                self.add([*work, *waits, (self.width - 1, -1.0), (self.z[b, k], most)], most)
+                total = float(chain.size[:, k].sum() / chain.capacity[k]) if np.isfinite(chain.capacity[k]) else 0.0
+                if total > 1:
+                    held = [entry for v in range(len(chain)) for entry in self.inside(v, b, chain.size[v, k] / chain.capacity[k])]
+                    self.add([*held, (self.z[b, k], total)], 1.0 + total)
+            for sign in (1.0, -1.0):
+                self.add([(self.z[b, k], sign) for k in every], sign)
+        for k, count in enumerate(chain.counts):
+            self.add([(self.z[b, k], 1.0) for b in range(self.stages)], float(count))
+
+
 def _solved(chain: Chain, stages: int, upper: float, limit: float) -> tuple[float, list[tuple[int, tuple[int, ...]]] | None]:
     """(a proved bound on the longest load, the stages found that are shorter than `upper`)."""
     import scipy.optimize
     import scipy.sparse
 
-    g, kinds, values = len(chain), len(chain.kinds), len(chain.crossings)
-    y, z = np.arange(g * stages).reshape(g, stages), g * stages + np.arange(stages * kinds).reshape(stages, kinds)
-    begin = z.max() + 1
-    gives, takes = (begin + which * values * stages + np.arange(values * stages).reshape(values, stages) for which in (0, 1))
-    width = begin + 2 * values * stages + 1
-    rows, columns, numbers, limits = list[int](), list[int](), list[float](), list[float]()
-
-    def add(entries: list[tuple[int, float]], most: float) -> None:
-        for column, number in entries:
-            rows.append(len(limits))
-            columns.append(int(column))
-            numbers.append(number)
-        limits.append(most)
-
-    def inside(v: int, b: int, sign: float) -> list[tuple[int, float]]:
-        """Whether v stands in stage b."""
-        return [(y[v, b], sign)] + ([(y[v, b - 1], -sign)] if b else [])
-
-    for v in range(g):
-        for b in range(stages - 1):
-            add([(y[v, b], 1.0), (y[v, b + 1], -1.0)], 0.0)
-        for u in chain.before[v]:
-            for b in range(stages):
-                add([(y[v, b], 1.0), (y[u, b], -1.0)], 0.0)
-    for i, c in enumerate(chain.crossings):
-        for b in range(stages):
-            for w in c.dst:  # given out where a reader is not inside, taken in where a reader is and the source is not
-                add([*inside(c.src, b, 1.0), *inside(w, b, -1.0), (gives[i, b], -1.0)], 0.0)
-                add([*inside(w, b, 1.0), *inside(c.src, b, -1.0), (takes[i, b], -1.0)], 0.0)
-    finite = np.where(np.isfinite(chain.work), chain.work, 2 * upper)
-    for b in range(stages):
-        for k in range(kinds):
-            entries: dict[int, float] = {}
-            for v in range(g):
-                for column, sign in inside(v, b, 1.0):
-                    entries[column] = entries.get(column, 0.0) + sign * finite[v, k] / upper
-            for i, c in enumerate(chain.crossings):
-                for column in (gives[i, b], takes[i, b]):
-                    entries[column] = c.cost * chain.port[k] / upper
-            most = float(finite[:, k].sum() + 2 * sum(c.cost for c in chain.crossings) * chain.port[k]) / upper
-            add([*entries.items(), (width - 1, -1.0), (z[b, k], most)], most)  # binds where the stage is of this kind
-            if np.isfinite(room := float(chain.capacity[k])):
-                held: dict[int, float] = {}
-                for v in range(g):
-                    for column, sign in inside(v, b, 1.0):
-                        held[column] = held.get(column, 0.0) + sign * chain.size[v, k] / room
-                total = float(chain.size[:, k].sum()) / room
-                if total > 1:
-                    add([*held.items(), (z[b, k], total)], 1.0 + total)
-        for sign in (1.0, -1.0):
-            add([(z[b, k], sign) for k in range(kinds)], sign)
-    for k, count in enumerate(chain.counts):
-        add([(z[b, k], 1.0) for b in range(stages)], float(count))
-    matrix = scipy.sparse.csr_matrix((numbers, (rows, columns)), shape=(len(limits), width))
-    low, high = np.zeros(width), np.ones(width)
-    low[y[:, -1]] = 1.0
-    integral = np.zeros(width)
-    integral[: begin] = 1.0
-    goal = np.zeros(width)
-    goal[-1] = 1.0
-    result = scipy.optimize.milp(goal, constraints=scipy.optimize.LinearConstraint(matrix, -np.inf, np.array(limits)), integrality=integral,
-                                 bounds=scipy.optimize.Bounds(low, high), options={"time_limit": limit, "mip_rel_gap": 1e-7})  # fmt: skip
+    p = _Program(chain, stages, upper)
+    p.order()
+    p.crossings()
+    p.loads()
+    matrix = scipy.sparse.csr_matrix((p.numbers, (p.rows, p.columns)), shape=(len(p.limits), p.width))
+    low, last = np.zeros(p.width), np.arange(p.width) == p.width - 1
+    low[p.y[:, -1]] = 1.0
+    whole = np.zeros(p.width)
+    whole[: p.z.max() + 1] = 1.0
+    result = scipy.optimize.milp(last.astype(float), constraints=scipy.optimize.LinearConstraint(matrix, -np.inf, np.array(p.limits)), integrality=whole,
+                                 bounds=scipy.optimize.Bounds(low, np.ones(p.width)), options={"time_limit": limit, "mip_rel_gap": 1e-7})  # fmt: skip
     if result.status == 2:  # nothing is shorter than what is known
         return upper, None
     bound = upper * min(1.0, float(result.mip_dual_bound or 0.0)) * (1 - 1e-6)
     if result.x is None or result.x[-1] >= 1 - 1e-9:
         return bound, None
-    stage = (result.x[y] > 0.5).argmax(axis=1)
-    return bound, [(int(result.x[z[b]].argmax()), tuple(np.nonzero(stage == b)[0].tolist())) for b in range(stages) if (stage == b).any()]
+    stage = (result.x[p.y] > 0.5).argmax(axis=1)
+    return bound, [(int(result.x[p.z[b]].argmax()), tuple(np.nonzero(stage == b)[0].tolist())) for b in range(stages) if (stage == b).any()]

@@ -10,7 +10,7 @@ import numpy as np
 
 from partition.chain import Chain, reduced
 from partition.errors import InfeasibleError
-from partition.ideals import Stage, best_stages, ideals, prefixes, thinned
+from partition.ideals import Stage, best_stages, calm, ideals, prefixes, thinned
 from partition.policies._phased import best_of
 from partition.problem import Placement, Problem
 
@@ -55,6 +55,9 @@ def orders(chain: Chain) -> Iterator[list[int]]:
 _MANY = 1_200
 """Groups above which only some of an order's ideals are tried: first all over, then where the best found leaves room."""
 
+_ANY = 1e300
+"""Seconds that any stage may take where it is their sum that counts."""
+
 _FEW = 4_000
 """Ideals of the merged groups that are still tried all."""
 
@@ -67,9 +70,10 @@ def staged(problem: Problem) -> Staged | None:
             best = _better(best, chain, prefixes(chain, order), by)
             continue
         for most in (_MANY // 2, _MANY):
-            few = thinned(chain, order, most, best.value if best is not None and by == "longest" else float("inf"))
+            few = thinned(chain, order, calm(chain, order, most, best.value if best is not None and by == "longest" else float("inf")))
             best = _better(best, few, prefixes(few), by)
-    if best is not None and len(chain) <= _MANY and len(merged := reduced(problem, best=best.value if by == "longest" else 1e300, roomy=True)) < len(chain):
+    upto = best.value if best is not None and by == "longest" else _ANY
+    if best is not None and len(chain) <= _MANY and len(merged := reduced(problem, best=upto, roomy=True)) < len(chain):
         members = ideals(merged, _FEW)
         best = best if members is None else _better(best, merged, members, by)
     return best
@@ -80,13 +84,22 @@ def _better(best: Staged | None, chain: Chain, members: np.ndarray, by: Literal[
     return best if found is None or (best is not None and found.value >= best.value) else Staged(value=found.value, stages=found.stages, chain=chain)
 
 
+def along(chain: Chain) -> np.ndarray:
+    """The ideals of the program's order, bool [i, g]; of a long one, those where little passes."""
+    order = range(len(chain))
+    return prefixes(chain) if len(chain) <= _MANY else prefixes(chain, ends=calm(chain, order, _MANY))
+
+
 def order_dp(problem: Problem) -> Placement:
     """Place nodes in the best ordered stages along a few orders.
 
-    O(n^2 x counts of meshes used) at most; above 1,200 groups, some of the places to cut are tried, where little passes. Stages longer than the best found are left out. Raises InfeasibleError where nothing fits.
+    O(n^2 x counts of meshes used) at most; above 1,200 groups, some of the places to cut are tried, where little passes. Stages longer than the best
+    found are left out. Raises InfeasibleError where nothing fits.
     """
-    found = staged(problem) if problem.ports is not None else None
-    placement = best_of(problem, prefixes) if problem.ports is None else found.chain.placed(found.stages) if found is not None else None
+    if problem.ports is None:
+        placement = best_of(problem, along)
+    else:
+        placement = None if (found := staged(problem)) is None else found.chain.placed(found.stages)
     if placement is None:
         raise InfeasibleError("no ordered stages fit along the orders that were tried", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
     return placement

@@ -6,7 +6,7 @@ import numpy as np
 
 from partition.chain import Chain, reduced
 from partition.errors import InfeasibleError
-from partition.ideals import best_stages
+from partition.ideals import best_stages, prefixes
 from partition.policies._phased import best_of
 from partition.policies.order_dp import goal
 from partition.problem import Placement, Problem
@@ -20,9 +20,7 @@ def single_ends(chain: Chain) -> np.ndarray:
             over[c.src + 2] += 1
             over[max(max(c.dst) + 1, c.src + 2)] -= 1
     passing = np.cumsum(over)
-    ends = np.array([i for i in range(n + 1) if i in (0, n) or passing[i] == 0])
-    members: np.ndarray = np.arange(n)[None, :] < ends[:, None]
-    return members
+    return prefixes(chain, ends=[i for i in range(n + 1) if i in (0, n) or passing[i] == 0])
 
 
 def pipedream(problem: Problem) -> Placement:
