@@ -35,6 +35,10 @@ class Batch:
         self.by_src: list[list[int]] = [[] for _ in problem.names]
         for i, f in enumerate(problem.flows):
             self.by_src[f.src].append(i)
+        values: dict[object, list[int]] = {}
+        for i, f in enumerate(problem.flows):
+            values.setdefault((f.value, f.src), []).append(i)
+        self.by_value = [sorted(flows, key=lambda i: -problem.flows[i].times) for flows in values.values()]  # a value crosses once, as often as most often
         self.both = [n for n in reversed(range(len(problem))) if problem.phase[n] is Phase.BOTH]
         self.before, self.inside, self.after = groups(problem)
         self.weights = np.array([r.kind == "weights" for r in problem.residents], bool)
@@ -46,6 +50,9 @@ class Batch:
         over = np.zeros(len(mesh))
         with np.errstate(divide="ignore", invalid="ignore"):
             for name, limit in limits.items():
+                if name == "crossings":  # as `evaluation.broken` has it
+                    over += np.maximum(0.0, (found[name] + 1) / (np.floor(limit) + 1) - 1.0)
+                    continue
                 over += np.maximum(0.0, (limit / found[name] if name == "throughput" else found[name] / limit) - 1.0 - 1e-9)
         value = -found[wanted] if wanted == "throughput" else found[wanted]
         possible = np.isfinite(found[wanted]) & (found["throughput"] > 0 if "throughput" in found else True)
@@ -100,6 +107,8 @@ class _Some:
                 crossed, busiest = self.crossed()
                 feasible &= np.isfinite(busiest)
                 found |= self.loads(self.occupied(weights, batch), busiest, crossed)
+        if "crossings" in objectives:
+            found["crossings"] = self.passed()
         return {o: np.where(feasible, found[o], 0.0 if o == "throughput" else np.inf) for o in objectives}
 
     def loads(self, occupied: np.ndarray, busiest: np.ndarray | float, crossed: np.ndarray | float) -> dict[str, np.ndarray]:
@@ -237,16 +246,21 @@ class _Some:
             np.maximum(longest, self.work(nodes, p.times), out=longest)
         return np.where(p.depth > 1, np.maximum(longest, busy / most), busy)
 
+    def passed(self) -> np.ndarray:
+        """How many values pass from a mesh to another [b], each once for each mesh that takes it in."""
+        many = np.zeros(len(self.rows))
+        for flows in self.of.by_value:
+            taken = functools.reduce(np.logical_or, (self.readers(i) for i in flows))
+            many += taken.sum(axis=1)
+        return many
+
     def crossed(self) -> tuple[np.ndarray, np.ndarray]:
         """($ for the bytes that cross, the seconds of the busiest link or sender's ports), each [b]. A value goes once to each mesh."""
         p, rows = self.p, len(self.rows)
         links, ports, money = np.zeros((rows, len(p.meshes), len(p.meshes))), np.zeros((rows, len(p.meshes))), np.zeros(rows)
-        values: dict[object, list[int]] = {}
-        for i, f in enumerate(p.flows):
-            values.setdefault((f.value, f.src), []).append(i)
-        for flows in values.values():
+        for flows in self.of.by_value:
             seen = np.zeros((rows, len(p.meshes)), bool) if len(flows) > 1 else None
-            for i in sorted(flows, key=lambda i: -p.flows[i].times):  # the one that goes most often stands for all
+            for i in flows:  # the first stands for all
                 if self.away[i] is None:
                     continue
                 b, m = self.away[i]  # type: ignore[misc]

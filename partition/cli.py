@@ -28,7 +28,8 @@ Model = Annotated[str, typer.Argument(help="a model's name, or module:callable t
 ClusterName = Annotated[str, typer.Option("--cluster", help="a cluster's name, or a .toml file")]
 PolicyName = Annotated[str, typer.Option("--policy", help="a policy's name, or module:attr")]
 Objective = Annotated[str, typer.Option("--objective", "--minimise", help="ttft, tpot, e2e, throughput, usd (per million tokens) or joules (per token)")]
-Limits = Annotated[Optional[list[str]], typer.Option("--limit", help="what an objective may be at most, throughput at least: ttft=0.5 (s), usd=8 ($ per million tokens); may be given again")]  # noqa: UP045
+Limits = Annotated[Optional[list[str]], typer.Option("--limit", help="what an objective may be at most, throughput at least: ttft=0.5 (s), usd=8 ($ per million tokens), crossings=4 (values from mesh to mesh); may be given again")]  # noqa: UP045
+Keep = Annotated[Optional[list[str]], typer.Option("--keep", help="what stays whole: layers, phases (each on one mesh), weights (on one mesh only), order (a run of the nodes for each mesh); may be given again")]  # noqa: UP045
 Prompt = Annotated[int, typer.Option("--prompt", help="prompt length [tokens]", min=1)]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="tokens to write", min=2)]
 Batch = Annotated[int, typer.Option("--batch", help="sequences that run together", min=1)]
@@ -53,7 +54,8 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, trips: int | None,
-              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search", costs: Path | None = None, limits: dict[str, float] | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
+              seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search", costs: Path | None = None, limits: dict[str, float] | None = None,
+              keep: Sequence[str] | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
     """Plan one request of a model by name; gives the plan and the arguments."""
     from partition import measured, profiles
     from partition.pipeline import model_bytes, plan, request
@@ -67,7 +69,7 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
             _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
-        return plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, costs=None if costs is None else measured.read(costs)), args
+        return plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, keep=keep or (), costs=None if costs is None else measured.read(costs)), args
 
 
 SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
@@ -75,18 +77,16 @@ SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
 
 def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]:
     """Objective -> what it may be at most, as the command line says. Raises NameUnknownError, PlacementError."""
-    from partition.errors import PlacementError
-    from partition.problem import OBJECTIVES
+    from partition.problem import LIMITS, hold_limits
 
     found = {}
     for text in [*(said or ()), *(f"{name}={value}" for name, value in short.items() if value is not None)]:
         name, _, value = text.partition("=")
         name = SHORT.get(name.strip(), name.strip())
-        if name not in OBJECTIVES:
-            raise NameUnknownError.among("objective", name, OBJECTIVES, where="--limit")
+        if name not in LIMITS:
+            raise NameUnknownError.among("limit", name, LIMITS, where="--limit")
         found[name] = _number(value.strip(), time=name in ("ttft", "tpot", "e2e"))
-        if not found[name] > 0:
-            raise PlacementError(f"{value!r} is no limit of {name}", where=f"--limit {text}", mend="write a number above 0, such as --limit ttft=0.5 or --limit tpot='20 ms'")
+        hold_limits({name: found[name]}, where=f"--limit {text} (such as --limit ttft=0.5 or --limit tpot='20 ms')")
     return found
 
 
@@ -128,7 +128,7 @@ def plan_command(
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
-    limits: Limits = None, ttft: Annotated[Optional[str], typer.Option("--ttft", help="short for --limit ttft=...")] = None,  # noqa: UP045
+    limits: Limits = None, keep: Keep = None, ttft: Annotated[Optional[str], typer.Option("--ttft", help="short for --limit ttft=...")] = None,  # noqa: UP045
     tpot: Annotated[Optional[str], typer.Option("--tpot", help="short for --limit tpot=...")] = None,  # noqa: UP045
     sharding: Sharding = "search", costs: Times = None, sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
 ) -> None:  # fmt: skip
@@ -137,7 +137,7 @@ def plan_command(
 
     writable(out, dump)
     most = limited(limits, ttft=ttft, tpot=tpot)
-    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding, costs=costs, limits=most)
+    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding, costs=costs, limits=most, keep=keep)
     if out is not None:
         made.save(out)
     swings = None

@@ -15,6 +15,7 @@ from partition.cli import (
     AsJson,
     Batch,
     ClusterName,
+    Keep,
     Limits,
     Model,
     NewTokens,
@@ -56,7 +57,7 @@ def compare_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3",
     policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
     objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
-    limits: Limits = None, sharding: Sharding = "search", sets: Sets = None,
+    limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None,
     bands: Annotated[bool, typer.Option("--bands", help="how sure is the order, with every number of the cluster drawn within its band?")] = False,
     draws: Annotated[int, typer.Option("--draws", help="how many times numbers are drawn", min=1)] = 1000,
     seconds_each: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
@@ -72,7 +73,7 @@ def compare_command(
     names = policy or sorted(POLICIES)
     _ = [find_policy(n) for n in names]
     with progress() as say:
-        problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), sharding=sharding, sets=sets)
+        problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
         results = compare({model: problem}, names, seconds=seconds_each, progress=say)
         order = rank(problem, {r.policy: r.placement for r in results if r.placement is not None}, draws=draws, progress=say) if bands else None
     if as_json:
@@ -143,7 +144,7 @@ def front_command(
     model: Model, objectives: Annotated[Optional[list[str]], typer.Option("--objective", help="two or three of them (given again each)")] = None,  # noqa: UP045
     cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "portfolio", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None,
     points: Annotated[int, typer.Option("--points", help="limits that are tried on each further objective", min=1)] = 6,
-    limits: Limits = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
+    limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """What can be had together: the Pareto front of two or three objectives."""
     from partition.fronts import front
@@ -153,7 +154,7 @@ def front_command(
     wanted = [SHORT.get(o, o) for o in objectives or ["usd", "tpot"]]
     find_policy(policy)
     with progress() as say:
-        problem = _posed(model, cluster, wanted[0], prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), sharding=sharding, sets=sets)
+        problem = _posed(model, cluster, wanted[0], prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
         found = front(problem, wanted, policy=policy, points=points, progress=say)
     names = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
     if as_json:
@@ -166,7 +167,7 @@ def front_command(
 @app.command("explain")
 def explain_command(
     model: Model, cluster: ClusterName = "trn2_efa_4cs3", objective: Objective = "usd_per_mtok", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None,
-    limits: Limits = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
+    limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Why a plan is what it is: each alternative, and where the answer flips."""
     from partition.explanation import explain
@@ -174,7 +175,7 @@ def explain_command(
     from partition.units import dollars, seconds
 
     with progress() as say:
-        problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), sharding=sharding, sets=sets)
+        problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
         say("place the alternatives")
         answer = explain(problem)
     if as_json:

@@ -43,7 +43,7 @@ class Estimate:
     that it keeps others from a mesh, less than busy where several are under way in the layers of a wafer.
     throughput [tokens/s]: with requests pipelined, as many as the busiest mesh, link or sender's ports let through. usd_per_mtok: $ per million
     tokens when every machine is paid for the time it is busy, as in a rate-matched fleet under full load. usd_reserved: the same
-    when all used machines are kept for this one batch. joules_per_token [J]: of the machines while they are busy. exposed [s]: hand-off time that prefill does not hide.
+    when all used machines are kept for this one batch. joules_per_token [J]: of the machines while they are busy. crossings: values that pass from a mesh to another, each once for each mesh that takes it in. exposed [s]: hand-off time that prefill does not hide.
     """
 
     ttft: float
@@ -59,6 +59,7 @@ class Estimate:
     link_busy: Mapping[tuple[int, int], float]
     link_bytes: Mapping[tuple[int, int], float]
     memory: tuple[float, ...]
+    crossings: int = 0
 
     def score(self, objective: str) -> float:
         """The number that a policy minimises for an objective."""
@@ -75,6 +76,8 @@ def broken(problem: Problem, estimate: Estimate) -> dict[str, float]:
     found = {}
     for name, limit in problem.limits.items():
         value = float(getattr(estimate, name))
+        if name == "crossings":  # may be held to 0
+            value, limit = value + 1, np.floor(limit) + 1
         over = (limit / value if value > 0 else np.inf) if name == "throughput" else value / limit
         if over > 1 + 1e-9:
             found[name] = over - 1
@@ -227,7 +230,8 @@ def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float
     link_busy: dict[tuple[int, int], float] = {}
     link_bytes: dict[tuple[int, int], float] = {}
     ports: dict[int, float] = {}
-    for i, a, b in crossings(problem, placement):
+    passed = crossings(problem, placement)
+    for i, a, b in passed:
         moved = problem.flows[i].nbytes * problem.flows[i].times
         link_bytes[a, b] = link_bytes.get((a, b), 0.0) + moved
         link_busy[a, b] = link_busy.get((a, b), 0.0) + (moved / float(problem.beta[a, b]) if problem.beta[a, b] > 0 else float("inf"))
@@ -241,7 +245,7 @@ def _summary(problem: Problem, placement: Placement, *, ttft: float, tpot: float
         ttft=ttft, tpot=tpot, e2e=e2e, exposed=exposed, throughput=tokens / busiest if first(busiest := functools.reduce(later, [*occupied, *link_busy.values(), *ports.values()], 0.0)) > 0 else 0.0,
         usd_per_mtok=usd / tokens * 1e6, usd_reserved=reserved / tokens * 1e6,
         joules_per_token=sum(occupied[m] * float(problem.power[m]) for m in used) / tokens, busy=tuple(busy), occupied=tuple(occupied), link_busy=link_busy,
-        link_bytes=link_bytes, memory=tuple(map(one, problem.memory(placement))),
+        link_bytes=link_bytes, memory=tuple(map(one, problem.memory(placement))), crossings=len(passed),
     )  # fmt: skip
 
 
@@ -283,7 +287,7 @@ def _through_host(problem: Problem, placement: Placement) -> Estimate:
     return Estimate(
         ttft=done, tpot=0.0, e2e=done, exposed=0.0, throughput=tokens / longest if longest > 0 else 0.0, usd_per_mtok=float(load @ problem.price) / tokens * 1e6,
         usd_reserved=float(problem.price[used].sum()) * done / tokens * 1e6, joules_per_token=float(load @ problem.power) / tokens, busy=tuple(busy.tolist()),
-        occupied=tuple(load.tolist()), link_busy={}, link_bytes={}, memory=tuple(problem.memory(placement).tolist()),
+        occupied=tuple(load.tolist()), link_busy={}, link_bytes={}, memory=tuple(problem.memory(placement).tolist()), crossings=len(crossings(problem, placement)),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from partition.program import Program
     from partition.stages import Stages
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -255,11 +255,12 @@ def place(problem: Problem, how: str | Policy, *, seconds: float | None = None, 
 def plan(
     fn: Callable[..., Any] | Program, args: tuple[Any, ...] = (), *, cluster: str | Cluster, policy: str | Policy = "portfolio", objective: str = "e2e",
     level: Literal["block", "op"] = "block", trips: int | None = None, title: str | None = None,
-    sharding: Literal["search", "tensor"] = "search", costs: Mapping[str, Mapping[str, float | str]] | None = None, limits: Mapping[str, float] | None = None, progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
+    sharding: Literal["search", "tensor"] = "search", costs: Mapping[str, Mapping[str, float | str]] | None = None, limits: Mapping[str, float] | None = None, keep: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None, dump: str | Path | None = None,
 ) -> Plan:  # fmt: skip
     """Trace, tag, pose, place: a Plan for `fn(*args)`, or for a Program, on a cluster (a name, a .toml path, or a Cluster).
 
-    costs: a user's own times of nodes, limits: what objectives may be at most (see `pose`). progress is told the name of each pass. dump: a folder for numbered files of every intermediate value.
+    costs: a user's own times of nodes, limits: what objectives may be at most, keep: what stays whole (see `pose`). progress is told the name of each pass. dump: a folder for numbered files of every intermediate value.
     Raises PartitionError of many kinds, each with its mend.
     """
     from partition import phases, problem, program
@@ -277,7 +278,7 @@ def plan(
     machines = profiles.cluster(cluster) if isinstance(cluster, str) else cluster
     traced = fn if isinstance(fn, program.Program) else timed("trace", lambda: program.trace(fn, *args))
     tagged = timed("tag", lambda: phases.tag(traced))
-    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips, sharding=sharding, costs=costs, limits=limits))
+    posed = timed("pose", lambda: problem.pose(tagged, machines, objective=objective, level=level, trips=trips, sharding=sharding, costs=costs, limits=limits, keep=keep))
     placed = timed("place", lambda: place(posed, policy))
     estimate = evaluate(posed, placed)
     made = Plan(
@@ -316,14 +317,14 @@ def to_json(made: Plan) -> dict[str, Any]:
         "format": FORMAT, "title": made.title, "cluster": made.cluster, "policy": made.policy, "how": list(made.how),
         "timings": dict(made.timings), "versions": dict(made.versions),
         "placement": {"mesh": made.placement.mesh.tolist(), "also": {str(k): list(v) for k, v in made.placement.also.items()}},
-        "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "joules_per_token", "exposed", "busy", "occupied", "memory")},
+        "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "joules_per_token", "exposed", "crossings", "busy", "occupied", "memory")},
         "band": [dict(end) for end in made.ends],
         "links": [{"src": p.meshes[a], "dst": p.meshes[b], "bytes": n, "seconds": e.link_busy[a, b]} for (a, b), n in sorted(e.link_bytes.items())],
         "bound": {"score": made.bound.score, "proof": made.bound.proof}, "gap": made.gap,
         "problem": numbers | {
             "names": p.names, "phase": [str(x) for x in p.phase], "region": p.region, "meshes": p.meshes, "kinds": p.kinds,
             "flows": [dataclasses.asdict(f) for f in p.flows], "residents": [dataclasses.asdict(r) for r in p.residents],
-            "workload": dataclasses.asdict(p.workload), "objective": p.objective, "limits": dict(p.limits), "pins": {str(k): v for k, v in p.pins.items()},
+            "workload": dataclasses.asdict(p.workload), "objective": p.objective, "limits": dict(p.limits), "pins": {str(k): v for k, v in p.pins.items()}, "together": p.together, "contiguous": p.contiguous,
         },
         "splits": sharding_text(made), "stages": [dataclasses.asdict(row) for row in rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
     }  # fmt: skip
@@ -349,7 +350,7 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     problem = Problem(
         cluster=pydantic.TypeAdapter(Cluster | None).validate_python(raw["machines"]),
         names=tuple(p["names"]), phase=tuple(Phase(x) for x in p["phase"]), region=tuple(p["region"]), meshes=tuple(p["meshes"]),
-        kinds=tuple(p["kinds"]), workload=Workload(**p["workload"]), objective=p["objective"], limits=p["limits"], pins={int(k): v for k, v in p["pins"].items()},
+        kinds=tuple(p["kinds"]), workload=Workload(**p["workload"]), objective=p["objective"], limits=p["limits"], pins={int(k): v for k, v in p["pins"].items()}, together=tuple(map(tuple, p["together"])), contiguous=p["contiguous"],
         flows=tuple(Flow(**f | {"value": _value(f["value"]), "dst": tuple(f["dst"])}) for f in p["flows"]),
         residents=tuple(Resident(**r | {"value": _value(r["value"]), "blocks": tuple(r["blocks"])}) for r in p["residents"]), **arrays,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from partition.errors import NameUnknownError, PlacementError, TraceError, WorkE
 from partition.flow import Flow, Resident, flows
 from partition.graph import Graph, Role
 from partition.hardware import Cluster
+from partition.keeping import kept
 from partition.measured import Times, put
 from partition.phases import Phase, Phases, is_weight
 from partition.pricing import depth, layer_of, layouts, node_costs
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
 """What a policy may be asked for: times [s], money and energy [J] are minimised, throughput [tokens/s] is maximised."""
+
+LIMITS = (*OBJECTIVES, "crossings")
+"""What may be held to a limit: an objective, and how many values pass from mesh to mesh."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,8 +63,8 @@ class Problem:
     beta [m, m] B/s (0: no link), wire [m, m] B/s that the ports of the
     sender take for all of its transfers on such links together, price [m] $/s, power [m] W, link_price [m, m] $/B. depth [m]: batches that
     a mesh works on at once where its layers lie side by side (1: they do not). layer [n]: which layer a node is of (-1: none).
-    pins: node -> mesh. kinds: device of each mesh. limits: objective -> what it
-    may be at most (throughput: at least).
+    pins: node -> mesh. kinds: device of each mesh. limits: one of LIMITS -> what
+    it may be at most (throughput: at least).
     ports [m] s/B: where given, values pass through a host and no links: a mesh waits so long for each byte of a value that it gives to others or
     takes in, once each (0: a processor of the host, on which every node runs by itself). together: nodes that must share a mesh. backward: nodes
     of a way back through the stages. contiguous: whether meshes must be stages in an order.
@@ -225,22 +229,18 @@ class Problem:
 def pose(
     phases: Phases, cluster: Cluster, *, objective: str = "e2e", level: Literal["block", "op"] = "block",
     trips: int | None = None, pins: Mapping[str, str] | None = None, sharding: Literal["search", "tensor"] = "search",
-    costs: Times | None = None, limits: Mapping[str, float] | None = None,
+    costs: Times | None = None, limits: Mapping[str, float] | None = None, keep: Sequence[str] = (),
 ) -> Problem:  # fmt: skip
     """Make the placement problem of a tagged program on a cluster.
 
     objective: one of OBJECTIVES. level: "block" or "op". trips: for loops whose structure does not tell how often they run.
-    pins: node name -> mesh name. limits: objective -> what it may be at most (throughput: at least). sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
+    pins: node name -> mesh name. limits: one of LIMITS -> what it may be at most (throughput: at least). keep: what stays whole (see `keeping`). sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
     over all devices, even where that is slower. costs: a user's own times, node name or pattern -> mesh or device -> seconds of one run, which
     take the place of the model's (see `measured`). Raises NameUnknownError, WorkError, ProfileError.
     """
     if objective not in OBJECTIVES:
         raise NameUnknownError.among("objective", objective, OBJECTIVES)
-    for name, most in (limits or {}).items():
-        if name not in OBJECTIVES:
-            raise NameUnknownError.among("objective", name, OBJECTIVES, where="limits")
-        if not most > 0:
-            raise PlacementError(f"{name} cannot be held to {most!r}", where="pose(limits=...)", mend="give a number above 0")
+    hold_limits(limits or {}, where="pose(limits=...)")
     if level not in ("block", "op"):
         raise NameUnknownError.among("level", str(level), ("block", "op"))
     if sharding not in ("search", "tensor"):
@@ -258,18 +258,27 @@ def pose(
     blocks = coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
     splits = layouts(phases, works, cluster, trips, tensor=sharding == "tensor")
     flowing, lying = flows(blocks, phases, runs)
-    names = unique([b.scope or b.phase for b in blocks])
+    names, layer = unique([b.scope or b.phase for b in blocks]), layer_of(phases, blocks)
     return Problem(
         **_numbers(phases, blocks, works, splits, cluster, trips, names, costs or {}),
         names=names, times_given=costs or {}, phase=tuple(b.phase for b in blocks), region=tuple(b.region for b in blocks),
         meshes=tuple(m.name for m in cluster.meshes), kinds=tuple(m.device.name for m in cluster.meshes),
         times=np.array([runs if b.region != "top" else 1 for b in blocks], np.int64), flows=tuple(flowing), residents=tuple(lying),
         resident=np.array([[split.copies(r.value[0]) * r.nbytes for split in splits] for r in lying]).reshape(len(lying), len(splits)),
-        activation=_activations(blocks, phases, weights | on_chip, splits), layer=layer_of(phases, blocks), capacity=np.array([m.capacity for m in cluster.meshes]),
+        activation=_activations(blocks, phases, weights | on_chip, splits), layer=layer, capacity=np.array([m.capacity for m in cluster.meshes]),
         workload=Workload(batch=phases.batch, trips=runs), objective=objective, limits=dict(limits or {}),
-        pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), blocks=blocks,
+        pins=_pins(pins or {}, names, [m.name for m in cluster.meshes]), together=kept(keep, blocks, layer, lying), contiguous="order" in keep, blocks=blocks,
         works=_node_works(blocks, works), phases=phases, layouts=tuple(splits), op_works=works, trips=trips,
     )  # fmt: skip
+
+
+def hold_limits(limits: Mapping[str, float], *, where: str) -> None:
+    """Raises NameUnknownError for a limit on what has none, PlacementError for a number that is none."""
+    for name, most in limits.items():
+        if name not in LIMITS:
+            raise NameUnknownError.among("limit", name, LIMITS, where=where)
+        if not isinstance(most, int | float) or not (most > 0 or (name == "crossings" and most == 0)):
+            raise PlacementError(f"{name} cannot be held to {most!r}", where=where, mend="give a number above 0")
 
 
 def on(problem: Problem, cluster: Cluster) -> Problem:

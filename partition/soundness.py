@@ -6,7 +6,7 @@ import numpy as np
 
 from partition.chain import reduced
 from partition.errors import InfeasibleError, NameUnknownError, PlacementError
-from partition.problem import OBJECTIVES, Problem
+from partition.problem import OBJECTIVES, Problem, hold_limits
 from partition.units import size
 
 
@@ -21,12 +21,9 @@ def hold_sound(problem: Problem) -> None:
 
 def _numbers(problem: Problem) -> None:
     n, m = len(problem), len(problem.meshes)
-    for name in (problem.objective, *problem.limits):
-        if name not in OBJECTIVES:
-            raise NameUnknownError.among("objective", name, OBJECTIVES, where="problem")
-    for name, limit in problem.limits.items():
-        if not isinstance(limit, int | float) or not limit > 0:
-            raise PlacementError(f"{name} cannot be held to {limit!r}", where="problem.limits", mend="give a number above 0")
+    if problem.objective not in OBJECTIVES:
+        raise NameUnknownError.among("objective", problem.objective, OBJECTIVES, where="problem")
+    hold_limits(problem.limits, where="problem.limits")
     shapes = {"seconds": (n, m), "times": (n,), "activation": (n, m), "resident": (len(problem.residents), m), "capacity": (m,), "alpha": (m, m), "beta": (m, m),
               "wire": (m, m), "price": (m,), "power": (m,), "link_price": (m, m), "depth": (m,), "layer": (n,)}  # fmt: skip
     for name, shape in shapes.items():
@@ -67,15 +64,55 @@ def _pins(problem: Problem) -> None:
             raise PlacementError(f"node {n} is pinned to mesh {m}", where="problem.pins", mend=f"nodes run from 0 to {len(problem) - 1}, meshes to {len(problem.meshes) - 1}")
         if not np.isfinite(problem.seconds[n, m]):
             raise PlacementError(f"{problem.names[n]} is pinned to {problem.meshes[m]}, which cannot run it", where="problem.pins", mend="pin it elsewhere")
+    if found := conflict(problem):
+        pins, why = found
+        told = [f"{problem.names[n]} to {problem.meshes[problem.pins[n]]}" for n in pins[:6]]
+        raise PlacementError(f"pins contradict each other: {', '.join(told)}{f' and {len(pins) - 6} more' if len(pins) > 6 else ''}; {why}", where="problem.pins", mend="take one of them away")
+
+
+def conflict(problem: Problem) -> tuple[tuple[int, ...], str] | None:
+    """Pins that contradict each other, as few as show it, and why: nodes that must share a mesh, no link for what passes, memory, the order of stages."""
+    pins = problem.pins
     for group in problem.together:
-        pinned: dict[int, int] = {}
-        for n in group:
-            if n in problem.pins:
-                pinned.setdefault(problem.pins[n], n)
-        if len(pinned) > 1:
-            (one, a), (other, b) = list(pinned.items())[:2]
-            raise PlacementError(f"{problem.names[a]} is pinned to {problem.meshes[one]} and {problem.names[b]} to {problem.meshes[other]}, and they must share a mesh",
-                                 where="problem.pins, problem.together", mend="take one of the pins away")  # fmt: skip
+        held = [n for n in group if n in pins]
+        if other := [n for n in held if pins[n] != pins[held[0]]]:
+            return (held[0], other[0]), "they must share a mesh"
+    for f in problem.flows:
+        for d in f.dst:
+            if f.src in pins and d in pins and not problem.beta[pins[f.src], pins[d]] > 0:
+                return (f.src, d), "no link joins the two"
+    return _crowded(problem) or (_circle(problem) if problem.contiguous else None)
+
+
+def _crowded(problem: Problem) -> tuple[tuple[int, ...], str] | None:
+    """Pins that ask more of a mesh than it holds: the largest nodes first, as many as it takes."""
+    for m in sorted(set(problem.pins.values())):
+        alone = {n: float(problem.resident[list(problem.needs[n]), m].sum() + problem.activation[n, m]) for n, at in problem.pins.items() if at == m}
+        taken: list[int] = []
+        for n in sorted(alone, key=lambda n: (-alone[n], n)):
+            taken.append(n)
+            rows = sorted({r for n in taken for r in problem.needs[n]})
+            if (needed := float(problem.resident[rows, m].sum() + problem.activation[taken, m].max())) > problem.capacity[m]:
+                return tuple(sorted(taken)), f"they need {size(needed)}, {size(needed - float(problem.capacity[m]))} more than {problem.meshes[m]} holds"
+    return None
+
+
+def _circle(problem: Problem) -> tuple[tuple[int, ...], str] | None:
+    """Pins by which meshes would stand before each other."""
+    import networkx as nx
+
+    order: nx.DiGraph[int] = nx.DiGraph(problem.precedes)
+    edges: dict[tuple[int, int], tuple[int, int]] = {}
+    for a in sorted(n for n in problem.pins if n in order):
+        for b in sorted(nx.descendants(order, a) & problem.pins.keys()):
+            if problem.pins[a] != problem.pins[b]:
+                edges.setdefault((problem.pins[a], problem.pins[b]), (a, b))
+    stages: nx.DiGraph[int] = nx.DiGraph(list(edges))
+    cycle = min(nx.simple_cycles(stages, length_bound=len(problem.meshes)), key=len, default=None)
+    if cycle is None:
+        return None
+    pins = {n for pair in zip(cycle, [*cycle[1:], cycle[0]], strict=True) for n in edges[pair]}
+    return tuple(sorted(pins)), "meshes would stand before each other in the order"
 
 
 def _rooms(problem: Problem) -> None:
@@ -93,4 +130,4 @@ def _rooms(problem: Problem) -> None:
         if all(x > 0 for x in over.values()):
             m = min(over, key=lambda m: over[m])
             raise InfeasibleError(f"{name} needs {size(float(needed[m]))}, {size(over[m])} more than {problem.meshes[m]} holds, and no mesh lacks less", where=f"node {group[0]}",
-                                  mend="use larger meshes, a smaller batch or a shorter context, or cut the program finer")  # fmt: skip
+                                  mend="use larger meshes, a smaller batch or a shorter context, or cut the program finer" + (", or keep less whole" if len(group) > 1 else ""))  # fmt: skip

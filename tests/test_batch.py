@@ -7,15 +7,15 @@ from conftest import posed
 from partition import suites
 from partition.batch import Batch
 from partition.errors import InfeasibleError
-from partition.evaluation import evaluate, verify
-from partition.problem import OBJECTIVES, Problem
+from partition.evaluation import crossings, evaluate, verify
+from partition.problem import LIMITS, OBJECTIVES, Problem
 
 
 def held(problem: Problem, seed: int, count: int) -> int:
     rng = np.random.default_rng(seed)
     mesh = rng.integers(0, len(problem.meshes), (count, len(problem)))
     mesh[: count // 2] = np.sort(mesh[: count // 2], axis=1)
-    found, fits = Batch(problem).values(mesh), 0
+    found, fits = Batch(problem).values(mesh, LIMITS), 0
     for b in range(count):
         placement = problem.placement(mesh[b])
         try:
@@ -24,6 +24,7 @@ def held(problem: Problem, seed: int, count: int) -> int:
             assert all(found[o][b] == (0.0 if o == "throughput" else np.inf) for o in OBJECTIVES)
             continue
         estimate, fits = evaluate(problem, placement), fits + 1
+        assert found["crossings"][b] == estimate.crossings == len(crossings(problem, placement))
         for o in ("throughput", "usd_per_mtok", "joules_per_token") if problem.ports is not None else OBJECTIVES:
             assert found[o][b] == pytest.approx(getattr(estimate, o), rel=1e-9), o
     return fits

@@ -13,7 +13,7 @@ from partition.errors import InfeasibleError, NameUnknownError, PlacementError
 from partition.evaluation import evaluate, verify
 from partition.phases import Phase
 from partition.policies import POLICIES
-from partition.problem import OBJECTIVES, Problem
+from partition.problem import OBJECTIVES, Problem, pose
 
 
 def small(cluster: str, objective: str) -> Problem:
@@ -24,7 +24,6 @@ def small(cluster: str, objective: str) -> Problem:
 
     from models import llama
     from partition import profiles
-    from partition.problem import pose
 
     cfg = dc.replace(llama.CONFIGS["tiny"], layers=1)
     phases, _ = tagged(cfg)
@@ -177,6 +176,9 @@ def test_a_policy_that_never_ends_is_stopped_with_its_best() -> None:
     (lambda p: {"flows": (dataclasses.replace(p.flows[0], nbytes=-1.0), *p.flows[1:])}, "moves -1.0 B"),
     (lambda p: {"pins": {0: 9}}, "pinned to mesh 9"),
     (lambda p: {"together": ((0, 1),), "pins": {0: 0, 1: 1}}, "they must share a mesh"),
+    (lambda p: {"pins": {0: 0, 1: 0, 2: 0, 4: 1}, "capacity": p.resident.max(axis=1)[:3].sum() - 1e-6 + 0 * p.capacity}, "pins contradict each other: node 0 to kind0.0, node 1 to kind0.0, node 2 to kind0.0; they need"),
+    (lambda p: {"pins": {0: 0, 2: 1, 5: 0}, "contiguous": True}, "node 0 to kind0.0, node 2 to kind0.1, node 5 to kind0.0; meshes would stand before each other"),
+    (lambda p: {"pins": {0: 0, 1: 1, 4: 0}, "ports": None, "beta": np.diag([np.inf] * len(p.meshes))}, "node 0 to kind0.0, node 1 to kind0.1; no link joins"),
     (lambda p: {"seconds": np.full_like(p.seconds, np.inf)}, "no mesh can run"),
     (lambda p: {"capacity": p.capacity * 1e-6}, "and no mesh lacks less"),
 ])  # fmt: skip
@@ -245,3 +247,40 @@ def test_a_loop_does_not_wait_for_what_does_not_feed_it() -> None:
     problem = loop_of([(0, 2, 0.0, "handoff"), (2, 3, 0.0, "forward"), (3, 2, 0.0, "carry")], [1.0, 10.0, 1.0, 1.0], ["top", "top", "body", "body"], 10)
     problem = dataclasses.replace(problem, objective="e2e")
     assert lower_bound(problem).score <= evaluate(problem, POLICIES["exhaustive"](problem)).e2e * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"cover", "exhaustive", "ideal_dp", "milp"}))
+@pytest.mark.parametrize("keep", [("layers",), ("phases",), ("weights",), ("layers", "order"), ("phases", "weights")])
+def test_what_is_kept_whole(name: str, keep: tuple[str, ...]) -> None:
+    made, _ = posed("trn2_efa_4cs3")
+    assert made.phases is not None and made.cluster is not None
+    problem = pose(made.phases, made.cluster, keep=keep, objective="e2e")
+    if name == "phase_split" and "weights" in keep:
+        with pytest.raises(InfeasibleError, match="must share a mesh"):
+            pipeline.place(problem, name)
+        return
+    try:
+        mesh = pipeline.place(problem, name).mesh
+    except InfeasibleError as error:
+        assert "order" in keep and name in ("heft", "random", "m_etf", "m_sct", "m_topo", "gradient", "min_cut"), error  # these know no order
+        return
+    wholes: dict[object, set[int]] = {}
+    for n, phase in enumerate(problem.phase):
+        for kind, key in (("layers", (phase, problem.layer[n]) if problem.layer[n] >= 0 else None), ("phases", phase if phase in (Phase.PREFILL, Phase.DECODE) else None)):
+            if kind in keep and key is not None:
+                wholes.setdefault((kind, key), set()).add(int(mesh[n]))
+    for r in problem.residents:
+        if "weights" in keep and r.kind == "weights":
+            wholes[r.value] = {int(mesh[n]) for n in r.blocks if problem.phase[n] is not Phase.BOTH}
+    assert wholes and all(len(meshes) <= 1 for meshes in wholes.values())
+
+
+def test_no_more_crossings_than_are_allowed() -> None:
+    made, _ = posed("trn2_efa_4cs3", objective="usd_per_mtok")
+    found = []
+    for most in (0, 2, 6, 100):
+        problem = dataclasses.replace(made, limits={"crossings": most})
+        estimate = evaluate(problem, pipeline.place(problem, "portfolio"))
+        assert estimate.crossings <= most
+        found.append(estimate.usd_per_mtok)
+    assert found == sorted(found, reverse=True) and found[0] > found[-1]
