@@ -16,8 +16,9 @@ from partition import suites
 from partition.batch import Batch
 from partition.bounds import lower_bound
 from partition.evaluation import evaluate
+from partition.moves import Moves
 from partition.pipeline import place
-from partition.problem import Problem
+from partition.problem import Placement, Problem
 
 COUNT = 10_000
 
@@ -37,6 +38,18 @@ def timed(work: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, found
 
 
+def moved(problem: Problem, start: Placement) -> Bar:
+    """What moving one node costs, of what a whole evaluation does."""
+    moves, rng = Moves(start), np.random.default_rng(0)
+    turns = [(int(rng.integers(len(problem))), int(rng.integers(len(problem.meshes)))) for _ in range(500)]
+    ratios = []
+    for _ in range(5):
+        whole = min(timed(lambda: evaluate(problem, start))[0] for _ in range(3))
+        taken, _none = timed(lambda: [(moves.move(n, m), moves.score("throughput")) for n, m in turns])
+        ratios.append(taken / len(turns) / whole)
+    return Bar.of(f"one of {len(problem):,} nodes moved / a whole evaluation", ratios, "<=", 1 / 50, note="throughput; times to tokens are evaluated whole")
+
+
 def bars() -> list[Bar]:
     """The largest model's gap and times, ten thousand placements, and the suite."""
     big, traced = posed("llama-3.1-405b", "trn2_efa_24cs3")
@@ -53,6 +66,7 @@ def bars() -> list[Bar]:
     for objective, limit in (("e2e", 1.0), ("throughput", 1.0)):
         taken = [timed(lambda objective=objective: Batch(problem).scores(mesh, objective))[0] for _ in range(2)]
         rows.append(Bar.of(f"{COUNT:,} placements of {len(problem)} nodes at once, {objective} [s]", taken, "<=", limit, note=f"one by one {one * COUNT:.0f} s"))
+    rows.append(moved(big, found))
     seconds, gaps = [], []
     for made in suites.suite("v1").values():
         took, placement = timed(lambda made=made: place(made, "portfolio"))

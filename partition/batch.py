@@ -132,7 +132,7 @@ class _Some:
         return {"ttft": ready, "tpot": tpot, "e2e": np.maximum(end, ready)}
 
     def run(self, nodes: list[int], kinds: tuple[str, ...], trip: int) -> np.ndarray:
-        p, shape, runs = self.p, (len(self.rows), len(self.p.meshes)), np.zeros((len(self.rows), len(self.p.meshes)), bool)
+        p, shape = self.p, (len(self.rows), len(self.p.meshes))
         for n in nodes:
             waiting = [i for i in p.incoming[n] if i in self.arrived and p.flows[i].kind in kinds]
             if p.phase[n] is Phase.BOTH:
@@ -140,35 +140,40 @@ class _Some:
                 for i in waiting:
                     start = np.maximum(start, self.arrived[i])
                 self.free = np.where(self.on[n].ravel(), start + np.tile(p.seconds[n], shape[0]), self.free)
-                runs |= self.on[n]
             else:
                 begin = self.free.take(self.at[n])
                 for i in waiting:
                     np.maximum(begin, self.arrived[i].take(self.at[n]), out=begin)
                 self.free[self.at[n]] = begin + self.taken[n]
-                runs.ravel()[self.at[n]] = True
             if self.leaving(n, trip) is not None:
                 self.send(n, trip)
-        last: np.ndarray = np.where(runs, self.free.reshape(shape), 0.0).max(axis=1)
+        last: np.ndarray = np.where(self.on[nodes].any(axis=0), self.free.reshape(shape), 0.0).max(axis=1)
         return last
 
-    def readers(self, i: int) -> np.ndarray:
-        """bool [b, m]: the meshes, other than its maker's own, that read a flow."""
-        f = self.p.flows[i]
-        away = np.zeros((len(self.rows), len(self.p.meshes)), bool)
+    def elsewhere(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(placements, meshes) that read a flow from another mesh than its maker's own, in the order of placements."""
+        f, both = self.p.flows[i], Phase.BOTH
+        rows = self.rows
+        if all(self.p.phase[n] is not both for n in (f.src, *f.dst)):  # only where some reader is away
+            rows = np.nonzero(functools.reduce(np.logical_or, (self.at[f.src] != self.at[d] for d in f.dst)))[0]
+        away = np.zeros((len(rows), len(self.p.meshes)), bool)
         for d in f.dst:
-            if self.p.phase[d] is Phase.BOTH:
-                away |= self.on[d]
+            if self.p.phase[d] is both:
+                away |= self.on[d][rows]
             else:
-                away[self.rows, self.mesh[:, d]] = True
-        elsewhere: np.ndarray = away & ~self.on[f.src]
-        return elsewhere
+                away.ravel()[self.at[d][rows] + (np.arange(len(rows)) - rows) * away.shape[1]] = True
+        b, m = np.nonzero(away & ~self.on[f.src][rows])
+        return rows[b], m
 
     @functools.cached_property
-    def away(self) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """(placements, meshes) that read each flow from elsewhere, in the order of placements; None where no placement has any."""
-        found = [np.nonzero(self.readers(i)) for i in range(len(self.p.flows))]
-        return [(b, m) if len(b) else None for b, m in found]
+    def away(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What `elsewhere` says of each flow."""
+        return [self.elsewhere(i) for i in range(len(self.p.flows))]
+
+    def distinct(self, flows: list[int]) -> np.ndarray:
+        """Where some flows go in [b, m], each place once."""
+        goes = [rows * len(self.p.meshes) + to for rows, to in (self.away[i] for i in flows)]
+        return goes[0] if len(goes) == 1 else np.unique(np.concatenate(goes))
 
     def leaving(self, n: int, trip: int) -> Any:
         """What a node sends in a trip: (where its senders stand in [b, m], seconds of their ports, its transfers); None for nothing. Found once.
@@ -176,19 +181,17 @@ class _Some:
         A transfer: (flow, whose of the senders, where it goes in [b, m], its link in [b, m, m], seconds on it, whether others go elsewhere).
         """
         if (n, trip < 0) not in self.sends:
-            p, flows = self.p, [i for i in self.of.by_src[n] if self.away[i] is not None and not (trip < 0 and self.p.flows[i].kind in ("carry", "result"))]
+            p, flows = self.p, [i for i in self.of.by_src[n] if len(self.away[i][0]) and not (trip < 0 and self.p.flows[i].kind in ("carry", "result"))]
             if not flows:
                 self.sends[n, trip < 0] = None
                 return None
-            many, m = len(p.meshes), np.zeros((len(self.rows), len(p.meshes)), bool)
-            for i in flows:
-                m[self.away[i]] = True
-            reached = m.sum(axis=1)
+            many = len(p.meshes)
+            reached = np.bincount(self.distinct(flows) // many, minlength=len(self.rows))
             senders = np.nonzero(reached)[0]
             place, ports, found = np.zeros(len(self.rows), np.int64), np.zeros(len(senders)), []
             place[senders] = np.arange(len(senders))
             for i in flows:
-                rows, to = self.away[i]  # type: ignore[misc]
+                rows, to = self.away[i]
                 src, nbytes = self.mesh[rows, n], p.flows[i].nbytes
                 wire, beta = p.wire[src, to], p.beta[src, to]
                 np.add.at(ports, place[rows], np.divide(nbytes, wire, out=np.zeros(len(rows)), where=wire > 0))
@@ -250,8 +253,7 @@ class _Some:
         """How many values pass from a mesh to another [b], each once for each mesh that takes it in."""
         many = np.zeros(len(self.rows))
         for flows in self.of.by_value:
-            taken = functools.reduce(np.logical_or, (self.readers(i) for i in flows))
-            many += taken.sum(axis=1)
+            many += np.bincount(self.distinct(flows) // len(self.p.meshes), minlength=len(many))
         return many
 
     def crossed(self) -> tuple[np.ndarray, np.ndarray]:
@@ -261,9 +263,7 @@ class _Some:
         for flows in self.of.by_value:
             seen = np.zeros((rows, len(p.meshes)), bool) if len(flows) > 1 else None
             for i in flows:  # the first stands for all
-                if self.away[i] is None:
-                    continue
-                b, m = self.away[i]  # type: ignore[misc]
+                b, m = self.away[i]
                 if seen is not None:
                     new = ~seen[b, m]
                     b, m = b[new], m[new]
@@ -280,9 +280,7 @@ class _Some:
         p, load = self.p, self.work(range(len(self.p)), self.p.times)
         assert p.ports is not None
         for i, f in enumerate(p.flows):
-            if self.away[i] is None:
-                continue
-            b, m = self.away[i]  # type: ignore[misc]
+            b, m = self.away[i]
             cost = f.nbytes * f.times
             load[b, m] += cost * p.ports[m]
             gives = np.unique(b)
