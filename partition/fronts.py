@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from partition.errors import InfeasibleError, NameUnknownError, PlacementError
-from partition.evaluation import Estimate, broken, evaluate
+from partition.evaluation import Estimate, broken, evaluate, verify
 from partition.pipeline import place
 from partition.policies import Policy
+from partition.policies.order_dp import compromised
 from partition.problem import OBJECTIVES, Placement, Problem
 
 
@@ -26,7 +28,8 @@ def front(
     problem: Problem, objectives: Sequence[str], *, policy: str | Policy = "portfolio", points: int = 6, progress: Callable[[str], None] | None = None,
 ) -> tuple[Point, ...]:  # fmt: skip
     """The Pareto front of two or three objectives, by the first: each alone, then the first under `points` limits on each of the others between their
-    best and what the first's best has. A policy finds the placements, so the front is as good as it. Raises PlacementError, NameUnknownError."""
+    best and what the first's best has. A policy finds the placements, so the front is as good as it; through a host, `order_dp`'s stages between
+    the shortest longest and the least sum are added. Raises PlacementError, NameUnknownError."""
     if not 2 <= len(set(objectives)) == len(objectives) <= 3:
         raise PlacementError(f"a front is of two or three objectives, not of {', '.join(objectives)}", where="front", mend=f"name two of {', '.join(OBJECTIVES)}")
     if wrong := [o for o in objectives if o not in OBJECTIVES]:
@@ -53,6 +56,10 @@ def front(
         low, high = getattr(best.estimate, o), getattr(first.estimate, o)
         for limit in np.geomspace(low, high, points + 2)[1:-1] if low > 0 and high > 0 and low != high else ():
             run(dataclasses.replace(problem, objective=objectives[0], limits={**problem.limits, o: float(limit)}), f"best {objectives[0]} with {o} held to {limit:.4g}")
+    if problem.ports is not None:  # stages of which none is better in the longest and in the sum
+        for placement in compromised(problem):
+            with contextlib.suppress(InfeasibleError):
+                found.append(Point(placement=verify(problem, placement), estimate=evaluate(problem, placement)))
     kept = [p for p in found if not broken(problem, p.estimate) and not any(_beats(q.estimate, p.estimate, objectives) for q in found)]
     unique = {tuple(p.estimate.score(o) for o in objectives): p for p in reversed(kept)}
     return tuple(unique[key] for key in sorted(unique))

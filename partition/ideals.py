@@ -171,7 +171,7 @@ def best_stages(
 ) -> Found | None:  # fmt: skip
     """The best stages that end at some ideals, on no more meshes of each kind than there are; None where none reaches `best`.
 
-    cross [i, k, k]: what passing from a stage of one kind to the next of another adds at each of `members` [s]. O(pairs of ideals x numbers of meshes used). Raises
+    best [s]: what no stage may take longer than. cross [i, k, k]: what passing from a stage of one kind to the next of another adds at each of `members` [s]. O(pairs of ideals x numbers of meshes used). Raises
     PlacementError where there are more than `most` pairs.
     """
     order = np.argsort(members @ chain.work.min(axis=1) + 1e-15 * members.sum(axis=1), kind="stable")
@@ -179,6 +179,53 @@ def best_stages(
     if np.isfinite(best) and goal == "longest":
         kept = windowed(chain, members, best)
         members, cross = members[kept], None if cross is None else cross[kept]
+    if (pairs := _pairs(chain, members, best, most)) is None:
+        return None
+    return _shortest(chain, members, *pairs, np.maximum if goal == "longest" else np.add, cross)
+
+
+def compromises(chain: Chain, members: np.ndarray, *, points: int = 12, most: int = 40_000_000) -> Iterator[tuple[Stage, ...]]:
+    """Stages that end at some ideals of which none has both a shorter longest and a smaller sum: the least sum first, then under a cap that falls.
+
+    The stages are priced once; each of at most `points` is one pass of the recurrence of `best_stages` over those that the cap leaves. The last has
+    the shortest longest. Raises PlacementError as `best_stages` does.
+    """
+    members = members[np.argsort(members @ chain.work.min(axis=1) + 1e-15 * members.sum(axis=1), kind="stable")]
+    if (pairs := _pairs(chain, members, float("inf"), most)) is None:
+        return
+    before, after, seconds = pairs
+    end = tuple(chain.counts)
+
+    def under(cap: float, join: np.ufunc) -> Found | None:
+        return _shortest(chain, members, before, after, np.where(seconds <= cap, seconds, np.inf), join, None)
+
+    if (shortest := under(float("inf"), np.maximum)) is None:
+        return
+    low, cap = shortest.values[end], float("inf")
+    for i in range(points):
+        least = under(cap if i < points - 1 else low * (1 + 1e-9), np.add)
+        if least is None:
+            return
+        stages = least.trace(end)
+        yield stages
+        longest = max(_took(chain, stages))
+        if longest <= low * (1 + 1e-9):
+            return
+        cap = min(longest * (1 - 1e-9), longest - (longest - low) / (points - i))
+
+
+def _took(chain: Chain, stages: Sequence[Stage]) -> list[float]:
+    """Seconds of each of some stages, what it gives out and takes in included."""
+    found = []
+    for kind, groups in stages:
+        inside = set(groups)
+        paid = sum(c.cost for c in chain.crossings if (c.src in inside and not inside.issuperset(c.dst)) or (c.src not in inside and not inside.isdisjoint(c.dst)))
+        found.append(float(chain.work[list(groups), kind].sum() + paid * chain.port[kind]))
+    return found
+
+
+def _pairs(chain: Chain, members: np.ndarray, best: float, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """What `priced` gives, in the order of the later ideals; None where nothing reaches from no group to all."""
     parts, total = [], 0
     for block in priced(chain, members, best):
         parts.append(block)
@@ -189,7 +236,7 @@ def best_stages(
         return None
     before, after, seconds = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(after, kind="stable")
-    return _shortest(chain, members, before[order], after[order], seconds[order], np.maximum if goal == "longest" else np.add, cross)
+    return before[order], after[order], seconds[order]
 
 
 def _shortest(chain: Chain, members: np.ndarray, before: np.ndarray, after: np.ndarray, seconds: np.ndarray, join: np.ufunc, cross: np.ndarray | None) -> Found | None:

@@ -13,7 +13,7 @@ from partition import instances, suites
 from partition.chain import reduced
 from partition.errors import InfeasibleError
 from partition.evaluation import evaluate, verify
-from partition.ideals import best_stages, ideals, prefixes
+from partition.ideals import _took, best_stages, compromises, ideals, prefixes
 from partition.policies import POLICIES
 from partition.problem import Problem
 
@@ -105,3 +105,27 @@ def test_published_optima_of_ordered_stages(name: str, best: float) -> None:
 def test_published_latencies(name: str, best: float) -> None:
     problem = dataclasses.replace(instances.read(FACTS / "latency" / f"{name}.json"), objective="e2e")
     assert evaluate(problem, verify(problem, POLICIES["order_dp"](problem))).e2e <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_compromises_are_those_of_all_stages(seed: int) -> None:
+    """Against every way to cut a chain of six into stages on three meshes."""
+    problem = suites.chain(6, seed, (2, 1))
+    chain = reduced(problem)
+    members = prefixes(chain)
+
+    def worth(stages: tuple[tuple[int, tuple[int, ...]], ...]) -> tuple[float, float]:
+        took = _took(chain, stages)
+        return max(took), sum(took)
+
+    every = set()
+    for cuts in itertools.chain(*(itertools.combinations(range(1, 6), n) for n in range(3))):
+        ends = [0, *cuts, 6]
+        for kinds in itertools.product((0, 1), repeat=len(ends) - 1):
+            if kinds.count(0) <= 2 and kinds.count(1) <= 1:
+                stages = tuple((k, tuple(range(a, b))) for k, a, b in zip(kinds, ends, ends[1:], strict=False))
+                if all(chain.size[list(groups), k].sum() <= chain.capacity[k] for k, groups in stages):
+                    every.add(worth(stages))
+    best = {p for p in every if not any(q[0] <= p[0] * (1 + 1e-12) and q[1] <= p[1] * (1 + 1e-12) and q != p for q in every)}
+    found = [worth(stages) for stages in compromises(chain, members, points=100)]
+    assert [pytest.approx(p) for p in sorted(best, key=lambda p: p[1])] == found

@@ -1,6 +1,7 @@
 """Every policy of the registry keeps the contract; exhaustive is the oracle."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def small(cluster: str, objective: str) -> Problem:
     return pose(phases, profiles.cluster(cluster), objective=objective)
 
 
-OF_THEIR_OWN = {"cover", "milp"}
+OF_THEIR_OWN = {"cover", "cpsat", "milp"}
 """Policies of other problems than programs on meshes; their own tests hold them to their oracle."""
 
 
@@ -249,7 +250,7 @@ def test_a_loop_does_not_wait_for_what_does_not_feed_it() -> None:
     assert lower_bound(problem).score <= evaluate(problem, POLICIES["exhaustive"](problem)).e2e * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"cover", "exhaustive", "ideal_dp", "milp"}))
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"cover", "cpsat", "exhaustive", "ideal_dp", "milp"}))
 @pytest.mark.parametrize("keep", [("layers",), ("phases",), ("weights",), ("layers", "order"), ("phases", "weights")])
 def test_what_is_kept_whole(name: str, keep: tuple[str, ...]) -> None:
     made, _ = posed("trn2_efa_4cs3")
@@ -284,3 +285,20 @@ def test_no_more_crossings_than_are_allowed() -> None:
         assert estimate.crossings <= most
         found.append(estimate.usd_per_mtok)
     assert found == sorted(found, reverse=True) and found[0] > found[-1]
+
+
+@pytest.mark.parametrize(("maker", "n", "counts"), [("chain", 12, (3,)), ("layered", 30, (2, 1)), ("series_parallel", 40, (4,)), ("transformer", 4, (3,))])
+def test_cpsat_proves_what_ideal_dp_does(maker: str, n: int, counts: tuple[int, ...]) -> None:
+    pytest.importorskip("ortools", reason="ortools is an extra")
+    problem = dataclasses.replace(getattr(suites, maker)(n, 7, counts), contiguous=True)
+    exact, found = POLICIES["ideal_dp"](problem), pipeline.place(problem, "cpsat", limit=60)
+    best = evaluate(problem, exact).throughput
+    assert evaluate(problem, found).throughput == pytest.approx(best, rel=1e-6)
+    assert found.bound is not None and best <= -found.bound[0] <= best * (1 + 1e-5)
+
+
+def test_cpsat_without_ortools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
+    with pytest.raises(PlacementError, match="needs ortools") as caught:
+        POLICIES["cpsat"](suites.chain(6, 0))
+    assert "partition-planner[cpsat]" in caught.value.mend

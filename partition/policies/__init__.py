@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from partition.policies.cover import cover
+from partition.policies.cpsat import cpsat
 from partition.policies.equal_split import equal_split
 from partition.policies.exhaustive import exhaustive
 from partition.policies.gradient import gradient
@@ -28,6 +29,7 @@ Policy = Callable[[Problem], Placement]
 
 POLICIES: dict[str, Policy] = {
     "cover": cover,
+    "cpsat": cpsat,
     "equal_split": equal_split,
     "exhaustive": exhaustive,
     "gradient": gradient,
@@ -48,4 +50,4 @@ POLICIES: dict[str, Policy] = {
 }
 """The policies that come with the package, by name."""
 
-__all__ = ["POLICIES", "Policy", "cover", "equal_split", "exhaustive", "gradient", "heft", "ideal_dp", "local_search", "m_etf", "m_sct", "m_topo", "milp", "min_cut", "order_dp", "phase_split", "pipedream", "portfolio", "random", "single"]
+__all__ = ["POLICIES", "Policy", "cover", "cpsat", "equal_split", "exhaustive", "gradient", "heft", "ideal_dp", "local_search", "m_etf", "m_sct", "m_topo", "milp", "min_cut", "order_dp", "phase_split", "pipedream", "portfolio", "random", "single"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from partition.chain import Chain, reduced
 from partition.errors import InfeasibleError
-from partition.ideals import Stage, best_stages, calm, ideals, prefixes, thinned
+from partition.ideals import Stage, best_stages, calm, compromises, ideals, prefixes, thinned
 from partition.policies._phased import best_of
 from partition.problem import Placement, Problem
 
@@ -82,6 +82,15 @@ def staged(problem: Problem) -> Staged | None:
 def _better(best: Staged | None, chain: Chain, members: np.ndarray, by: Literal["longest", "sum"]) -> Staged | None:
     found = best_stages(chain, members, goal=by, best=best.value if best is not None else float("inf"))
     return best if found is None or (best is not None and found.value >= best.value) else Staged(value=found.value, stages=found.stages, chain=chain)
+
+
+def compromised(problem: Problem) -> Iterator[Placement]:
+    """Placements in stages along the program's order through a host, of which none has both a shorter longest load and a smaller sum of loads."""
+    chain = reduced(problem)
+    if len(chain) > _MANY:
+        chain = thinned(chain, range(len(chain)), calm(chain, range(len(chain)), _MANY))
+    for stages in compromises(chain, prefixes(chain)):
+        yield chain.placed(stages)
 
 
 def along(chain: Chain) -> np.ndarray:
