@@ -16,7 +16,7 @@ _WHERE = {
     "evaluate": "evaluation", "explain": "explanation", "fit": "fidelity.fitting", "front": "fronts", "host_devices": "program", "lower_bound": "bounds", "model": "pipeline", "operators": "fidelity.kernels", "place": "pipeline",
     "plan": "pipeline", "policy": "pipeline", "pose": "problem", "prepare": "execution", "rank": "ranks", "read_instance": "instances:read", "report": "reporting:html", "rule": "work",
     "run": "execution", "sensitivity": "swings", "schedule": "timeline", "sweep": "sweeps", "tag": "phases", "trace": "program", "transfers": "dispatch", "uncut": "execution",
-    "validate": "fidelity", "verify": "evaluation",
+    "validate": "fidelity", "verify": "evaluation", "write_problem": "records:write", "Batch": "batch", "Moves": "moves",
 }  # fmt: skip
 
 __all__ = sorted(_WHERE)

@@ -77,7 +77,8 @@ SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
 
 def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]:
     """Objective -> what it may be at most, as the command line says. Raises NameUnknownError, PlacementError."""
-    from partition.problem import LIMITS, hold_limits
+    from partition.errors import PlacementError
+    from partition.problem import LIMITS
 
     found = {}
     for text in [*(said or ()), *(f"{name}={value}" for name, value in short.items() if value is not None)]:
@@ -86,7 +87,8 @@ def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]
         if name not in LIMITS:
             raise NameUnknownError.among("limit", name, LIMITS, where="--limit")
         found[name] = _number(value.strip(), time=name in ("ttft", "tpot", "e2e"))
-        hold_limits({name: found[name]}, where=f"--limit {text} (such as --limit ttft=0.5 or --limit tpot='20 ms')")
+        if not (found[name] > 0 or (name == "crossings" and found[name] == 0)):
+            raise PlacementError(f"{value!r} is no limit of {name}", where=f"--limit {text}", mend="write a number above 0, such as --limit ttft=0.5 or --limit tpot='20 ms'")
     return found
 
 

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from partition.problem import Problem
 
 
+Jobs = Annotated[int, typer.Option("--jobs", help="processes that run at once, -1 for one a core; then policies slow each other down")]
+
+
 def _posed(model: str, cluster: str, objective: str, prompt: int, new_tokens: int, batch: int, say: Callable[[str], None], *, sets: Sequence[str] | None, **options: Any) -> Problem:
     """The problem of one request of a model."""
     from partition.phases import tag
@@ -60,7 +63,7 @@ def compare_command(
     limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None,
     bands: Annotated[bool, typer.Option("--bands", help="how sure is the order, with every number of the cluster drawn within its band?")] = False,
     draws: Annotated[int, typer.Option("--draws", help="how many times numbers are drawn", min=1)] = 1000,
-    seconds_each: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
+    jobs: Jobs = 1, seconds_each: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
 ) -> None:  # fmt: skip
     """Compare policies on one problem."""
     from partition.bench import compare
@@ -74,7 +77,7 @@ def compare_command(
     _ = [find_policy(n) for n in names]
     with progress() as say:
         problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
-        results = compare({model: problem}, names, seconds=seconds_each, progress=say)
+        results = compare({model: problem}, names, seconds=seconds_each, jobs=jobs, progress=say)
         order = rank(problem, {r.policy: r.placement for r in results if r.placement is not None}, draws=draws, progress=say) if bands else None
     if as_json:
         print(json.dumps([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "proof": r.proof, "why_not": r.why_not,
@@ -97,22 +100,23 @@ def compare_command(
 
 @app.command("bench")
 def bench_command(
-    files: Annotated[Optional[list[Path]], typer.Argument(help="instance files of msr-fiddle/dnn-partitioning")] = None,  # noqa: UP045
+    files: Annotated[Optional[list[Path]], typer.Argument(help="problem.json or plan.json of ours, JSON of msr-fiddle/dnn-partitioning, .lp of Helix")] = None,  # noqa: UP045
     suite: Annotated[Optional[str], typer.Option("--suite", help="a suite of made problems that never changes, such as v1")] = None,  # noqa: UP045
     policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); portfolio by default")] = None,  # noqa: UP045
-    objective: Annotated[str, typer.Option("--objective", help="throughput (the longest load), or e2e (one request)")] = "throughput",
+    objective: Annotated[Optional[str], typer.Option("--objective", help="throughput (the longest load), or e2e (one request); a problem's own, unless told")] = None,  # noqa: UP045
     contiguous: Annotated[bool, typer.Option("--contiguous", help="meshes must be stages in an order")] = False,
     seconds: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take for a problem [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
+    jobs: Jobs = 1, picture: Annotated[Optional[Path], typer.Option("--picture", help="draw the performance profiles: a .png, .svg or .pdf")] = None,  # noqa: UP045
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compare policies on problems from files and suites."""
     from partition import instances, suites
-    from partition.bench import Result, compare, profile
+    from partition.bench import Result, compare, drawn, profile
     from partition.problem import OBJECTIVES
     from partition.tables import table
     from partition.units import seconds as spoken
 
-    if objective not in OBJECTIVES:
+    if objective is not None and (objective := SHORT.get(objective, objective)) not in OBJECTIVES:
         raise NameUnknownError.among("objective", objective, OBJECTIVES)
     stems = [f.stem for f in files or []]
     short = {path: path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in files or []}
@@ -120,9 +124,11 @@ def bench_command(
     problems |= suites.suite(suite) if suite is not None else {}
     if not problems:
         raise typer.BadParameter("name instance files, or --suite v1")
-    problems = {name: dataclasses.replace(p, objective=objective, contiguous=contiguous) for name, p in problems.items()}
+    problems = {name: dataclasses.replace(p, objective=objective or p.objective, contiguous=contiguous or p.contiguous) for name, p in problems.items()}
     with progress() as say:
-        results = compare(problems, policy or ["portfolio"], seconds=seconds, progress=say)
+        results = compare(problems, policy or ["portfolio"], seconds=seconds, jobs=jobs, progress=say)
+    if picture is not None:
+        drawn(results, picture)
 
     def value(r: Result) -> float:
         return -r.score if problems[r.problem].rates is not None else -1 / r.score if r.score < 0 else r.score
@@ -132,7 +138,8 @@ def bench_command(
                            "gap": r.gap, "proof": r.proof, "why_not": r.why_not} for r in results]))  # fmt: skip
         return
     lines = [(r.problem, r.policy, spoken(r.seconds), "-" if r.estimate is None else f"{value(r):.6g}", "-" if r.gap is None else f"{100 * r.gap:.2f} %", r.why_not or r.proof) for r in results]
-    what = "the longest load (tokens/s where machines have rates)" if objective == "throughput" else objective
+    asked = sorted({p.objective for p in problems.values()})
+    what = ", ".join("the longest load (tokens/s where machines have rates)" if o == "throughput" else o for o in asked)
     print(table(f"{what}, in the problem's own unit", ("problem", "policy", "placed in", "value", "gap at most", "what"), lines))
     if len(problems) > 1 and len({r.policy for r in results}) > 1:
         print(table("Share of the problems on which a policy comes within a factor of the best", ("policy", "1", "1.01", "1.05", "1.2", "2"),

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from partition import records
 from partition.errors import InstanceError
 from partition.plain import plain
 from partition.problem import Problem
 
 
 def read(path: str | Path) -> Problem:
-    """A problem from a JSON file of the msr-fiddle/dnn-partitioning repository, or from a .lp model of Helix. Raises InstanceError with file and entry."""
+    """A problem from a file of our own (or a plan.json), a JSON file of the msr-fiddle/dnn-partitioning repository, or a .lp model of Helix. Raises InstanceError with file and entry."""
     path = Path(path)
     try:
         text = path.read_text("utf-8")
@@ -32,8 +33,10 @@ def read(path: str | Path) -> Problem:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InstanceError(f"is no JSON: {error}", where=str(path), mend="name an instance file") from None
+    if isinstance(raw, dict) and "format" in raw:
+        return records.read(raw, str(path))
     if not isinstance(raw, dict) or not {"nodes", "edges", "maxFPGAs"} <= raw.keys():
-        raise InstanceError("is no instance of a format that is known", where=str(path), mend="it holds nodes, edges, maxFPGAs, maxCPUs and maxSizePerFPGA")
+        raise InstanceError("is no instance of a format that is known", where=str(path), mend="it is a problem or plan of this package, or holds nodes, edges, maxFPGAs, maxCPUs and maxSizePerFPGA")
     return _dnn(raw, str(path))
 
 

@@ -23,18 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pydantic
 
-from partition import profiles
+from partition import profiles, records
 from partition.bounds import Bound, lower_bound
 from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, told, user_line
 from partition.evaluation import Estimate, evaluate, verify
-from partition.flow import Flow, Resident
 from partition.hardware import Cluster
 from partition.limits import within
-from partition.phases import Phase
 from partition.policies import POLICIES, Policy
 from partition.problem import Placement, Problem
 from partition.soundness import hold_sound
-from partition.workload import Workload
 
 if TYPE_CHECKING:
     from partition.program import Program
@@ -304,7 +301,6 @@ def versions() -> dict[str, str]:
 
 
 _ENDS = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
-_ARRAYS = ("seconds", "times", "resident", "activation", "capacity", "alpha", "beta", "wire", "price", "power", "link_price", "depth", "layer")
 
 
 def to_json(made: Plan) -> dict[str, Any]:
@@ -312,7 +308,6 @@ def to_json(made: Plan) -> dict[str, Any]:
     from partition.reporting import rows, sharding_text
 
     p, e = made.problem, made.estimate
-    numbers = {name: np.where(np.isfinite(getattr(p, name)), getattr(p, name), -1).tolist() for name in _ARRAYS}
     return {
         "format": FORMAT, "title": made.title, "cluster": made.cluster, "policy": made.policy, "how": list(made.how),
         "timings": dict(made.timings), "versions": dict(made.versions),
@@ -321,39 +316,16 @@ def to_json(made: Plan) -> dict[str, Any]:
         "band": [dict(end) for end in made.ends],
         "links": [{"src": p.meshes[a], "dst": p.meshes[b], "bytes": n, "seconds": e.link_busy[a, b]} for (a, b), n in sorted(e.link_bytes.items())],
         "bound": {"score": made.bound.score, "proof": made.bound.proof}, "gap": made.gap,
-        "problem": numbers | {
-            "names": p.names, "phase": [str(x) for x in p.phase], "region": p.region, "meshes": p.meshes, "kinds": p.kinds,
-            "flows": [dataclasses.asdict(f) for f in p.flows], "residents": [dataclasses.asdict(r) for r in p.residents],
-            "workload": dataclasses.asdict(p.workload), "objective": p.objective, "limits": dict(p.limits), "pins": {str(k): v for k, v in p.pins.items()}, "together": p.together, "contiguous": p.contiguous,
-        },
+        "problem": records.to_values(p),
         "splits": sharding_text(made), "stages": [dataclasses.asdict(row) for row in rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
     }  # fmt: skip
-
-
-def _value(raw: list[Any]) -> Any:
-    return (raw[0], None if raw[1] is None else tuple(raw[1]))
 
 
 def from_json(raw: Mapping[str, Any]) -> Plan:
     """A plan from plain values; its estimate is computed again from the problem. Raises OutputError for another format."""
     if raw.get("format") != FORMAT:
         raise OutputError(f"plan format {raw.get('format')!r} is not {FORMAT}", where="plan.json", mend="plan again with this version")
-    p = raw["problem"]
-    arrays: dict[str, Any] = {name: np.array(p[name], dtype=np.int64 if name in ("times", "layer") else np.float64) for name in _ARRAYS}
-    for name in ("beta", "wire"):
-        arrays[name] = np.where(arrays[name] < 0, np.inf, arrays[name])
-    arrays["resident"] = arrays["resident"].reshape(len(p["residents"]), len(p["meshes"]))
-    if any(not (np.isfinite(a) & (a >= 0)).all() for name, a in arrays.items() if name not in ("beta", "wire", "layer")):
-        raise ValueError("a time, a size or a price is negative or no number")
-    if any(not 0 <= n < len(p["names"]) for f in p["flows"] for n in (f["src"], *f["dst"])):
-        raise ValueError("a flow joins nodes that do not exist")
-    problem = Problem(
-        cluster=pydantic.TypeAdapter(Cluster | None).validate_python(raw["machines"]),
-        names=tuple(p["names"]), phase=tuple(Phase(x) for x in p["phase"]), region=tuple(p["region"]), meshes=tuple(p["meshes"]),
-        kinds=tuple(p["kinds"]), workload=Workload(**p["workload"]), objective=p["objective"], limits=p["limits"], pins={int(k): v for k, v in p["pins"].items()}, together=tuple(map(tuple, p["together"])), contiguous=p["contiguous"],
-        flows=tuple(Flow(**f | {"value": _value(f["value"]), "dst": tuple(f["dst"])}) for f in p["flows"]),
-        residents=tuple(Resident(**r | {"value": _value(r["value"]), "blocks": tuple(r["blocks"])}) for r in p["residents"]), **arrays,
-    )  # fmt: skip
+    problem = dataclasses.replace(records.from_values(raw["problem"]), cluster=pydantic.TypeAdapter(Cluster | None).validate_python(raw["machines"]))
     also = {int(k): tuple(v) for k, v in raw["placement"]["also"].items()}
     placement = verify(problem, Placement(mesh=np.array(raw["placement"]["mesh"]), also=also, problem=problem))
     return Plan(title=raw["title"], cluster=raw["cluster"], policy=raw["policy"], problem=problem, placement=placement,

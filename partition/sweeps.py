@@ -1,18 +1,20 @@
 """sweep(): one plan after another over a grid of inputs, in parallel, as a table; and the picture of which placement wins where.
 
 Inputs are sizes of the request (batch, prompt, new_tokens) and numbers of the cluster by the names that `Cluster.replace` knows. A program is traced
-once for each size; its problem is priced anew for each cell and placed anew. joblib runs the cells: on local processes, or on what `parallel_config` names.
+once for each size; its problem is priced anew for each cell and placed anew. joblib runs the cells: on local processes, or where `joblib.parallel_config(backend="dask")` and Ray's `register_ray()` send them, with the same rows.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partition.errors import InfeasibleError, NameUnknownError, OutputError, PlacementError
 from partition.evaluation import evaluate
+from partition.parallel import each
 from partition.phases import Phase
 from partition.pipeline import place, policy
 from partition.problem import Placement, Problem, on, pose
@@ -36,7 +38,6 @@ def sweep(
     model: a name, or sizes -> (fn, args). over: input -> its values. sizes: those that stay. jobs: processes; a policy that runs in them must be importable.
     The rows are the same for any number of jobs. Raises NameUnknownError for an input that nothing has, PlacementError for an empty grid.
     """
-    import joblib
     import pandas as pd
 
     from partition.profiles import cluster as find_cluster
@@ -53,11 +54,9 @@ def sweep(
     policy(how)
     grid = [dict(zip([n for n in over if n in SIZES], cell, strict=True)) for cell in itertools.product(*(over[n] for n in over if n in SIZES))]
     cells = [dict(zip(numbers, cell, strict=True)) for cell in itertools.product(*(over[n] for n in numbers))]
-    parts = max(1, -(-jobs // len(grid)))  # cells of one size are shared out only where there are more processes than sizes
+    parts = max(1, -(-(os.cpu_count() or 1 if jobs < 0 else jobs) // len(grid)))  # cells of one size are shared out only where there are more processes than sizes
     tasks = [(sizes | size, cells[i::parts]) for size in grid for i in range(parts) if cells[i::parts]]
-    run = joblib.Parallel(n_jobs=jobs, return_as="generator") if jobs != 1 else None
-    done = (_cells(model, size, some, machines, how, objective, limits) for size, some in tasks) if run is None else run(
-        joblib.delayed(_cells)(model, size, some, machines, how, objective, limits) for size, some in tasks)  # fmt: skip
+    done = each(_cells, [(model, size, some, machines, how, objective, limits) for size, some in tasks], jobs)
     rows: list[dict[str, Any]] = []
     for i, part in enumerate(done):
         rows += part

@@ -18,7 +18,7 @@ from partition.evaluation import evaluate
 from partition.fronts import front
 from partition.phases import Phase
 from partition.pipeline import place
-from partition.problem import on
+from partition.problem import Placement, Problem, on
 from partition.ranks import rank
 from partition.sweeps import sweep, wins
 
@@ -102,8 +102,46 @@ def test_wins_names_machines_by_phase() -> None:
     assert wins(problem, split) == "prefill trn2, decode cs3" and wins(problem, problem.placement(np.zeros(len(problem), int))) == "all on trn2"
 
 
+def test_policies_compared_in_several_processes_are_as_in_one() -> None:
+    problems = {"chain": suites.chain(12, 3), "tiny": posed("trn2_efa_4cs3")[0]}
+
+    def first(problem: Problem) -> Placement:  # from a notebook: nothing that could be imported
+        return problem.placement(np.zeros(len(problem), int))
+
+    def told(results: list[bench.Result]) -> list[tuple[object, ...]]:
+        return [(r.problem, r.policy, r.score, r.gap, r.why_not) for r in results]
+
+    assert told(bench.compare(problems, ["heft", "milp", first])) == told(bench.compare(problems, ["heft", "milp", first], jobs=2))
+
+
+@pytest.mark.parametrize("backend", ["dask", "ray"])
+def test_a_sweep_elsewhere_has_the_same_rows(backend: str) -> None:
+    pytest.importorskip("distributed" if backend == "dask" else "ray", reason=f"{backend} is an extra")
+    script = f"""
+import joblib, pandas as pd, partition as pt
+def rows(jobs):
+    return pt.sweep("tiny", {{"cs3.price": [5.0, 50.0]}}, cluster="trn2_efa_cs3", how="order_dp", objective="usd_per_mtok", jobs=jobs, prompt=8, new_tokens=4)
+if __name__ == "__main__":
+    one = rows(1)
+    if {backend!r} == "dask":
+        from dask.distributed import Client
+        client = Client(n_workers=1, threads_per_worker=1, dashboard_address=None)
+    else:
+        import ray
+        from ray.util.joblib import register_ray
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+        register_ray()
+    with joblib.parallel_config(backend={backend!r}):
+        pd.testing.assert_frame_equal(one, rows(2))
+    print("the same rows")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "the same rows" in done.stdout, done.stderr[-2000:]
+
+
 def test_the_verbs(tmp_path: Path) -> None:
-    done = run("bench", "--suite", "v1", "--policy", "m_topo", "--policy", "equal_split", "--json")
+    done = run("bench", "--suite", "v1", "--policy", "m_topo", "--policy", "equal_split", "--jobs", "2", "--picture", str(tmp_path / "p.svg"), "--json")
+    assert "factor" not in done.stdout and (tmp_path / "p.svg").stat().st_size > 1000
     found = json.loads(done.stdout)
     assert done.returncode == 0 and len(found) == 24 and {r["policy"] for r in found} == {"m_topo", "equal_split"} and all(len(r["digest"]) == 12 for r in found)
     done = run("compare", "tiny", "--prompt", "8", "--new-tokens", "4", "--policy", "single", "--policy", "phase_split", "--bands", "--draws", "50")
@@ -116,7 +154,7 @@ def test_the_verbs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("args", "code", "says"), [
     (("bench",), 2, "--suite v1"), (("bench", "none.json"), 2, "cannot be read"), (("bench", "--suite", "v9"), 2, "no suite called"),
-    (("plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--limit", "beauty=1"), 2, "objective"), (("plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--ttft", "soon"), 2, "no limit of ttft"),
+    (("plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--limit", "beauty=1"), 2, "no limit called"), (("plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--ttft", "soon"), 2, "no limit of ttft"),
     (("plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--policy", "portfolio", "--ttft", "1 ns"), 3, "ttft is"),
     (("bench", "--suite", "v1", "--seconds", "0"), 0, "cannot run for 0 s"),
 ])  # fmt: skip

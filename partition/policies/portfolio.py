@@ -17,7 +17,7 @@ from partition.policies.ideal_dp import ideal_dp
 from partition.policies.local_search import local_search, seeded
 from partition.problem import Placement, Problem
 
-_MOST = 3_000_000
+_MOST = 10_000_000
 """Placements times nodes up to which all are evaluated."""
 
 
