@@ -173,26 +173,45 @@ def front_command(
 
 @app.command("explain")
 def explain_command(
-    model: Model, cluster: ClusterName = "trn2_efa_4cs3", objective: Objective = "usd_per_mtok", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None,
-    limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
+    model: Annotated[str, typer.Argument(help="a model's name, module:callable, or a plan.json")], cluster: ClusterName = "trn2_efa_4cs3", objective: Objective = "usd_per_mtok",
+    prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None,
+    load: Annotated[float, typer.Option("--load", help="requests/s, of whole batches, that the machines are to serve")] = 1.0,
+    busiest: Annotated[float, typer.Option("--busiest", help="share of the time that a machine may be busy")] = 0.8,
+    gpus: Annotated[Optional[list[str]], typer.Option("--gpus", help="further clusters to hold against it; h100_only and h100_disagg unless told, none for none")] = None,  # noqa: UP045
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Why a plan is what it is: each alternative, and where the answer flips."""
+    """Why a plan is what it is: each alternative under a load, what binds it, and where the answer flips."""
     from partition.explanation import explain
+    from partition.pipeline import Plan
+    from partition.problem import pose
+    from partition.profiles import cluster as find_cluster
     from partition.tables import table
     from partition.units import dollars, seconds
 
     with progress() as say:
-        problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
+        if model.endswith(".json"):
+            plan = Plan.load(model)
+            problem, others, title = plan.problem, [], plan.title
+        else:
+            rivals = [find_cluster(name) for name in gpus or ("h100_only", "h100_disagg") if name != "none"]
+            problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
+            assert problem.phases is not None
+            others, title = [pose(problem.phases, rival, objective=problem.objective, trips=trips) for rival in rivals], f"{model} on {cluster}"
         say("place the alternatives")
-        answer = explain(problem)
+        answer = explain(problem, load=load, busiest=busiest, others=others)
     if as_json:
-        print(json.dumps({"sentence": answer.sentence, "window": answer.window, "flip_beta": answer.flip_beta,
-                          "alternatives": [{"name": a.name, "why_not": a.why_not} | ({} if a.estimate is None else {k: getattr(a.estimate, k) for k in ("ttft", "tpot", "e2e", "usd_per_mtok")})
-                                           for a in answer.alternatives]}))  # fmt: skip
+        told = [{"name": a.name, "why_not": a.why_not} | ({} if a.estimate is None or a.fleet is None else
+                 {k: getattr(a.estimate, k) for k in ("ttft", "tpot", "e2e", "usd_per_mtok", "usd_reserved")} | {"binds": a.binds, "meshes": a.fleet.problem.meshes}
+                 | {f"load_{k}": getattr(a.fleet, k) for k in ("copies", "busy", "ttft", "usd_per_mtok", "ratio")}) for a in answer.alternatives]  # fmt: skip
+        print(json.dumps({"sentence": answer.sentence, "load": answer.rate, "window": answer.window, "ingest": answer.ingest, "flip_beta": answer.flip_beta, "alternatives": told}))
         return
-    lines = [(a.name, *(("-",) * 5 if (e := a.estimate) is None else (seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok))), a.why_not) for a in answer.alternatives]
+    lines = []
+    for a in answer.alternatives:
+        e, f = a.estimate, a.fleet
+        lines.append((a.name, *("-",) * 6, a.why_not) if e is None or f is None else (
+            a.name, seconds(e.ttft), seconds(f.ttft), seconds(e.tpot), f.machines, dollars(f.usd_per_mtok), f"{dollars(e.usd_per_mtok)} .. {dollars(e.usd_reserved)}", a.binds))  # fmt: skip
     print(answer.sentence)
-    print(table(f"{model} on {cluster}", ("alternative", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "what"), lines))
+    print(table(f"{title} at {answer.rate:g} requests/s", ("alternative", "TTFT alone", "under load", "TPOT", "machines", "$ per Mtok", "saturated .. idle", "binds"), lines))
 
 
 @app.command("claims")
