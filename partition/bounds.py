@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from partition.chain import reduced
+from partition.cuts import two_kinds
 from partition.evaluation import groups
 from partition.paths import cycle_bound, longest, path_bound
 from partition.problem import Placement, Problem
@@ -71,8 +72,9 @@ def lower_bound(problem: Problem) -> Bound:
     kept = problem.seconds / problem.depth[None, :]  # a batch keeps a mesh from others for no less than this of what it does there
     if problem.objective == "throughput":
         area, biggest = _area(dataclasses.replace(problem, seconds=kept))
-        proof = "area (linear program)" if area >= biggest else "biggest group on its fastest mesh"
-        return Bound(score=-problem.workload.tokens / max(area, biggest, 1e-30), proof=proof)
+        ways = {"area (linear program)": area, "biggest group on its fastest mesh": biggest, "minimum cuts between two kinds": two_kinds(problem)}
+        proof = max(ways, key=lambda way: ways[way])
+        return Bound(score=-problem.workload.tokens / max(ways[proof], 1e-30), proof=proof)
     if problem.objective == "joules_per_token":
         least = float(np.where(np.isfinite(kept), kept * problem.power[None, :], np.inf).min(axis=1) @ times)
         return Bound(score=least / problem.workload.tokens, proof="every node on the mesh where it takes least energy, transfers free")

@@ -11,6 +11,7 @@ from partition.policies.exhaustive import exhaustive
 from partition.policies.gradient import gradient
 from partition.policies.heft import heft
 from partition.policies.ideal_dp import ideal_dp
+from partition.policies.kind_cut import kind_cut
 from partition.policies.local_search import local_search
 from partition.policies.m_etf import m_etf
 from partition.policies.m_sct import m_sct
@@ -35,6 +36,7 @@ POLICIES: dict[str, Policy] = {
     "gradient": gradient,
     "heft": heft,
     "ideal_dp": ideal_dp,
+    "kind_cut": kind_cut,
     "local_search": local_search,
     "m_etf": m_etf,
     "m_sct": m_sct,
@@ -50,4 +52,4 @@ POLICIES: dict[str, Policy] = {
 }
 """The policies that come with the package, by name."""
 
-__all__ = ["POLICIES", "Policy", "cover", "cpsat", "equal_split", "exhaustive", "gradient", "heft", "ideal_dp", "local_search", "m_etf", "m_sct", "m_topo", "milp", "min_cut", "order_dp", "phase_split", "pipedream", "portfolio", "random", "single"]
+__all__ = ["POLICIES", "Policy", "cover", "cpsat", "equal_split", "exhaustive", "gradient", "heft", "ideal_dp", "kind_cut", "local_search", "m_etf", "m_sct", "m_topo", "milp", "min_cut", "order_dp", "phase_split", "pipedream", "portfolio", "random", "single"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from partition.errors import InfeasibleError
 from partition.evaluation import evaluate, scored, verify
 from partition.problem import Placement, Problem
 
 
-def best_of_all(problem: Problem, made: Iterable[Callable[[], Sequence[int]]], none: InfeasibleError) -> Placement:
+def best_of_all(problem: Problem, made: Iterable[Callable[[], Sequence[int] | np.ndarray]], none: InfeasibleError) -> Placement:
     """The best by the problem's objective, the first of several. made: give meshes of all nodes, or raise InfeasibleError; of those the last is raised
     where nothing fits, `none` where nothing was made."""
     best: tuple[float, Placement] | None = None

@@ -14,6 +14,7 @@ from partition.evaluation import evaluate, scored, verify
 from partition.policies._annealing import Walks
 from partition.policies.cover import cover
 from partition.policies.heft import heft
+from partition.policies.kind_cut import kind_cut
 from partition.policies.order_dp import order_dp
 from partition.policies.phase_split import phase_split
 from partition.policies.single import single
@@ -24,7 +25,7 @@ _TRIED = 192
 
 
 def local_search(problem: Problem, *, start: Placement | None = None, seed: int = 0, rounds: int = 60) -> Placement:
-    """Improve the best of `order_dp`, `heft`, `phase_split` and `single` (or `start`).
+    """Improve the best of `order_dp`, `heft`, `kind_cut`, `phase_split` and `single` (or `start`).
 
     Where values pass through a host and the longest load counts, by annealing; else each round tries 192 moves of nodes, runs of nodes and layers and
     takes the best, while one of the last rounds found any. O(rounds x moves x n) time. Raises what the quick policies raise where none of them finds a placement.
@@ -43,7 +44,7 @@ def seeded(problem: Problem) -> Placement:
     """The best placement of the quick policies, for the objective and for each that is limited; raises what the first of them raised where none has any."""
     found, why, free = list[tuple[float, int, Placement]](), None, dataclasses.replace(problem, limits={})
     for objective in dict.fromkeys((problem.objective, *problem.limits)):
-        for policy in (order_dp, heft, phase_split, single):
+        for policy in (order_dp, heft, kind_cut, phase_split, single):
             try:
                 placement = verify(free, policy(dataclasses.replace(free, objective=objective)))
             except PartitionError as error:
