@@ -72,7 +72,7 @@ def run(dtype: str, strict: bool, degree: int, file: str) -> dict[str, Any]:
     import numpy as np
 
     import partition as pt
-    from partition.equivalence import compare
+    from partition.distances import compare
 
     requests = [request(dtype, seed) for seed in SEEDS]
     machines = pt.cluster("trn2_efa_4cs3")

@@ -59,7 +59,7 @@ def split(chain: Chain, weights: np.ndarray) -> tuple[float, np.ndarray]:
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
     g = len(chain)
-    cost = np.where(np.isfinite(chain.work), chain.work * weights[None, :], np.inf)
+    cost = np.where(np.isfinite(chain.work), np.where(np.isfinite(chain.work), chain.work, 0.0) * weights[None, :], np.inf)
     arcs = [(g, v, cost[v, 1]) for v in range(g)] + [(v, g + 1, cost[v, 0]) for v in range(g)]  # whoever lies with kind 1 is cut from g, and pays for kind 1
     nodes = g + 2
     for c in chain.crossings:

@@ -8,7 +8,7 @@ inside it, trip by trip.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,20 +17,11 @@ from partition import _jax
 from partition.execution import Record
 from partition.graph import Op, Value, reads, writes
 from partition.program import Program
+from partition.references import References
 from partition.stages import Stage, Stages
 
 Differs = Callable[[Any, Any], str]
 """(reference, candidate) -> how they differ beyond the bound; empty where they do not."""
-
-
-class References(Protocol):
-    """What the search asks of the uncut program's values."""
-
-    loaded: Any
-    options: Any
-
-    def get(self, value: Value, trip: int) -> np.ndarray | None:
-        """The reference of a value, None where the uncut program has no such value."""
 
 
 def culprit(stages: Stages, record: Record, refs: References, differs: Differs) -> str | None:
@@ -54,14 +45,7 @@ def culprit(stages: Stages, record: Record, refs: References, differs: Differs) 
 
 def _first_op(stages: Stages, stage: Stage, record: Record, refs: References, trip: int, differs: Differs) -> str:
     """The first equation of a stage whose result differs from the uncut program's, given the same inputs."""
-    program = stages.program
-    inputs = []
-    for v in stage.inputs:
-        array = record.read.get((stage.id, trip, v))
-        if array is None:
-            raw = refs.loaded[v[0]]
-            array = raw if v[1] is None else raw[v[1][0] : v[1][1]]
-        inputs.append(array)
+    program, inputs = stages.program, _read(stages, stage, record, refs, trip)
     bound = [_inside(stages, v, stage) for v in stage.inputs]
     made = [v for op, span in stage.items for v in writes(op, span)]
     clean = _jax.write(stage.items, bound, made, program.entry.lowered, name="clean")
@@ -72,6 +56,30 @@ def _first_op(stages: Stages, stage: Stage, record: Record, refs: References, tr
     if number < 0:
         return how
     return describe(program, stage.items[number][0]) + (f", inside it {inner}" if inner else "") + f": its result {how}"
+
+
+def _read(stages: Stages, stage: Stage, record: Record, refs: References, trip: int) -> list[Any]:
+    """What a stage read in a trip: values that were kept, and arguments."""
+    inputs = []
+    for v in stage.inputs:
+        array = record.read.get((stage.id, trip, v))
+        if array is None:
+            raw = refs.loaded[v[0]]
+            array = raw if v[1] is None else raw[v[1][0] : v[1][1]]
+        inputs.append(_jax.from_numpy(array, stages.program.entry.lowered.avals[v[0]]))
+    return inputs
+
+
+def recomputed(stages: Stages, record: Record, refs: References, tensor: int) -> dict[int, np.ndarray]:
+    """Trip -> a value inside a stage, from the inputs that the run read; empty where no stage makes it as one."""
+    stage = next((s for s in stages.all if any((tensor, None) in writes(op, span) for op, span in s.items)), None)
+    if stage is None:
+        return {}
+    exposed, _ = _jax.expose(stage.jaxpr)
+    made = [v for op, span in stage.items for v in writes(op, span)]
+    fn = jax.jit(_jax.as_function(exposed), compiler_options=refs.options)
+    trips = sorted({trip for s, trip, _ in record.kept if s == stage.id})
+    return {trip: np.asarray(fn(*_read(stages, stage, record, refs, trip))[made.index((tensor, None))]) for trip in trips}
 
 
 def _first_equation(clean: Any, given: Any, inputs: Sequence[Any], options: Any, differs: Differs) -> tuple[int, str, str] | None:

@@ -1,8 +1,9 @@
-"""check(): is the cut program the uncut one? Comparison in NumPy, NaN first, per output and per stage boundary.
+"""check(): is the cut program the uncut one? Three questions, kept apart: is the cut right, does sharding matter, what would the target do.
 
 The reference of the outputs is the jaxpr that JAX traced, compiled as one for one host device under the same options: nothing of the
 planner's own reading is in it. The references of stage boundaries are computed from the planner's graph. A mismatch is traced to the
 first op that diverges: the first boundary (input or output of a stage, trip by trip) that differs is found, then the first equation.
+Where the outputs are within their bounds but not bit for bit, the reason is found by running the stages unsharded, and under strict options.
 """
 
 from __future__ import annotations
@@ -12,96 +13,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from partition import _jax, divergence
+from partition import divergence
 from partition.dispatch import transfers
+from partition.distances import Choices, Difference, against, choices, compare
 from partition.errors import EquivalenceError
 from partition.execution import Record, Runner, _bind, prepare, strict_options, uncut
-from partition.graph import Item, Role, Value, writes
+from partition.references import References, logits
 from partition.stages import Stages
-
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""How far a float may be off, as a share of the largest magnitude of its tensor: a hundred or so roundings of the dtype. Integers,
-truth values and keys must be equal."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """One tensor of the cut program against the uncut one.
-
-    bitwise: every bit equal. invalid: places where one is NaN or infinite and the other is not the same. max_abs, max_ulp: largest
-    distance, in value and in units in the last place. relative: max_abs over the largest magnitude of the reference. wrong: elements
-    that differ. equal: within the stated bound.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bitwise: bool
-    invalid: int
-    max_abs: float
-    relative: float
-    max_ulp: int
-    wrong: int
-    bound: float
-    equal: bool
-
-    def __str__(self) -> str:
-        if self.bitwise:
-            return f"{self.name} {self.dtype}{list(self.shape)}: equal bit for bit"
-        what = f"{self.wrong} of {int(np.prod(self.shape))} elements differ, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP"
-        bad = f", {self.invalid} NaN or infinite on one side only" if self.invalid else ""
-        return f"{self.name} {self.dtype}{list(self.shape)}: {what}{bad}; bound {self.bound:g} of scale: {'within' if self.equal else 'BEYOND'}"
-
-
-def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Distance of two float arrays in units in the last place, as int64 (or float for float64)."""
-    kind = {2: np.int16, 4: np.int32, 8: np.int64}.get(a.dtype.itemsize)
-    if kind is None:
-        return np.zeros(a.shape, np.int64)
-
-    def ordered(x: np.ndarray) -> np.ndarray:
-        bits = np.ascontiguousarray(x).view(kind).astype(object if a.dtype.itemsize == 8 else np.int64)
-        low = -(1 << (8 * a.dtype.itemsize - 1))
-        return np.where(bits < 0, low - bits, bits)
-
-    distance: np.ndarray = np.abs(ordered(a) - ordered(b))
-    return distance
-
-
-def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, float] | None = None) -> Difference:
-    """Compare two arrays: shapes and dtypes, then NaN and infinity, then values."""
-    a, b = _jax.to_numpy(reference), _jax.to_numpy(candidate)
-    dtype, shape = str(a.dtype), tuple(a.shape)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return Difference(name=f"{name} (cut: {b.dtype}{list(b.shape)})", shape=shape, dtype=dtype, bitwise=False, invalid=0, max_abs=np.inf,
-                          relative=np.inf, max_ulp=0, wrong=max(a.size, 1), bound=0.0, equal=False)  # fmt: skip
-    bound = (tolerance or TOLERANCE).get(dtype, 0.0)
-    bitwise = a.tobytes() == b.tobytes()
-    if "float" not in dtype:
-        wrong = int((a != b).sum())
-        gap = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) if wrong and a.dtype != bool else float(bool(wrong))
-        return Difference(name=name, shape=shape, dtype=dtype, bitwise=bitwise, invalid=0, max_abs=gap, relative=gap, max_ulp=0,
-                          wrong=wrong, bound=0.0, equal=not wrong)  # fmt: skip
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    finite = np.isfinite(x) & np.isfinite(y)
-    same = (np.isnan(x) & np.isnan(y)) | (x == y)
-    invalid = int((~finite & ~same).sum())
-    gaps = np.where(finite, np.abs(np.where(finite, x, 0) - np.where(finite, y, 0)), 0.0)
-    gap = float(gaps.max(initial=0.0))
-    scale = float(np.abs(np.where(np.isfinite(x), x, 0.0)).max(initial=0.0))
-    relative = gap / scale if scale > 0 else (0.0 if gap == 0 else np.inf)
-    most = int(np.where(finite, ulps(a, b), 0).max(initial=0)) if gap > 0 else 0
-    return Difference(name=name, shape=shape, dtype=dtype, bitwise=bitwise, invalid=invalid, max_abs=gap, relative=relative, max_ulp=most,
-                      wrong=int((~same).sum()), bound=bound, equal=invalid == 0 and relative <= bound)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
     """outputs and boundaries: every comparison. culprit: the first op or transfer that diverges, where something does.
 
-    not_shown: what a run on these stand-ins cannot tell. moved_bytes and planned_bytes: what really crossed between meshes, and what
+    cut, sharding, target: the answers to the three questions. tokens: distributions that choose tokens, where stages compute them and they are not
+    bit for bit. not_shown: what a run on these stand-ins cannot tell. moved_bytes and planned_bytes: what really crossed between meshes, and what
     the plan says crosses; they differ where a token loop that may stop early ran `trips` times and not as often as planned.
     """
 
@@ -118,27 +45,36 @@ class Verdict:
     planned_trips: int
     seconds: float
     options: Mapping[str, Any]
+    cut: str = ""
+    sharding: str = ""
+    target: str = ""
+    tokens: tuple[Choices, ...] = ()
 
     def __str__(self) -> str:
         word = "outputs EQUAL BIT FOR BIT" if self.bitwise else "EQUAL within bounds" if self.equal else "NOT EQUAL"
         exact = sum(d.bitwise for d in self.boundaries)
         lines = [f"{word}: {len(self.outputs)} outputs, {len(self.boundaries)} values at stage boundaries ({exact} bit for bit), {self.stages} stages"]
-        lines += [f"  {d}" for d in self.outputs]
-        lines += [f"  boundary {d}" for d in self.boundaries if not d.equal][:5]
-        lines.append(f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}")
+        asked = (("is the cut right?", self.cut), ("does sharding matter?", self.sharding), ("what would the target do?", self.target))
+        lines += [f"  {question:<26}{answer}" for question, answer in asked if answer]
         lines += [f"  first divergence: {self.culprit}"] if self.culprit else []
+        lines += [f"  {d}" for d in self.outputs]
+        lines += [f"  {c}" for c in self.tokens]
+        worst = sorted((d for d in self.boundaries if not d.bitwise), key=lambda d: (d.equal, -d.relative))
+        lines += [f"  boundary {d}" for d in worst[:5]] + ([f"  ... and {len(worst) - 5} more boundaries that are not bit for bit"] if len(worst) > 5 else [])
+        lines.append(f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}")
         return "\n".join([*lines, *(f"  not shown: {n}" for n in self.not_shown)])
-
 
     def _stopped(self) -> str:
         early = self.trips is not None and self.trips < self.planned_trips
         return f": the token loop ended by itself after {self.trips} of {self.planned_trips} trips" if early else ""
 
 
-def check(stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[str, float] | None = None, trips: int = 2, runner: Runner | None = None) -> Verdict:
+def check(
+    stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[str, float] | None = None, trips: int = 2, oracle: bool = False, runner: Runner | None = None,
+) -> Verdict:  # fmt: skip
     """Run cut and uncut and compare outputs and stage boundaries (inside a cut token loop: its first `trips` trips).
 
-    strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale, in place of TOLERANCE.
+    strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale, in place of TOLERANCE. oracle: hold both against float64 too.
     Raises EquivalenceError, with the verdict, where they differ by more than the bound; ExecutionError where they cannot run.
     """
     program = stages.program
@@ -146,17 +82,22 @@ def check(stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[st
     loaded = _bind(program, args)
     result, record = runner.run(loaded, keep=trips)
     reference = uncut(program, strict=strict)(*args)
-    references = _References(stages, loaded, strict, trips)
-    paths = [jax.tree_util.keystr(path) or "result" for path, _ in jax.tree_util.tree_flatten_with_path(reference)[0]]
-    pairs = zip(paths, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result), strict=True)
-    outputs = tuple(compare(name, a, b, tolerance) for name, a, b in pairs)
-    boundaries, culprit = _boundaries(stages, record, references, tolerance)
+    chosen = logits(program)
+    refs = References(stages, loaded, strict, trips, more=frozenset(t for t, _ in chosen))
+    outputs = _compared(reference, result, tolerance)
+    boundaries, culprit = _boundaries(stages, record, refs, tolerance)
     equal = all(d.equal for d in outputs) and culprit is None
     longer = stages.problem.workload.trips if any(s.region == "body" for s in stages.all) else 0
     if not equal and culprit is None and trips < longer:  # it diverges later than was looked
-        return check(stages, *args, strict=strict, tolerance=tolerance, trips=longer, runner=runner)
+        return check(stages, *args, strict=strict, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
+    bitwise = equal and all(d.bitwise for d in outputs)
+    inner = sum(not d.bitwise for d in boundaries)
+    right, sharding = _reasons(stages, args, reference, runner, tolerance, strict=strict, equal=equal, bitwise=bitwise, inner=inner)
+    if oracle:
+        outputs, boundaries = _with_oracle(stages, loaded, record, refs, outputs, boundaries, reference, result, trips)
     verdict = Verdict(
-        equal=equal, bitwise=equal and all(d.bitwise for d in outputs), outputs=outputs, boundaries=boundaries, culprit=culprit,
+        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=boundaries, culprit=culprit, cut=right, sharding=sharding,
+        tokens=() if bitwise and all(d.bitwise for d in boundaries) else _tokens(stages, record, refs, chosen),
         not_shown=_not_shown(stages) + _unseen(trips, longer), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
         trips=record.trips, planned_trips=stages.problem.workload.trips, seconds=record.seconds,
         options=dict(strict_options()) if strict else {},
@@ -167,6 +108,75 @@ def check(stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[st
         error.verdict = verdict
         raise error
     return verdict
+
+
+def _compared(reference: Any, result: Any, tolerance: Mapping[str, float] | None) -> tuple[Difference, ...]:
+    """Every leaf of a result against that of the reference."""
+    paths = [jax.tree_util.keystr(path) or "result" for path, _ in jax.tree_util.tree_flatten_with_path(reference)[0]]
+    pairs = zip(paths, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result), strict=True)
+    return tuple(compare(name, a, b, tolerance) for name, a, b in pairs)
+
+
+def _reasons(
+    stages: Stages, args: tuple[Any, ...], reference: Any, runner: Runner, tolerance: Mapping[str, float] | None, *, strict: bool, equal: bool, bitwise: bool, inner: int,
+) -> tuple[str, str]:  # fmt: skip
+    """Whether the cut is right, and whether sharding matters; where bits differ, found by running the stages in another way."""
+    shared = any(mesh.size > 1 for mesh in runner.meshes.values())
+    none = "no mesh is sharded: one host device stands for each"
+    if bitwise and not inner:
+        return "yes, bit for bit", "no: bit for bit with it too" if shared else none
+    if bitwise:
+        return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ by the order of its sums" if shared else none
+    if not equal:
+        return "NO", "not told: the cut is not right" if shared else none
+    alone = _compared(reference, prepare(stages, strict=strict, alone=True)(*args), tolerance) if shared else _compared(reference, runner(*args), tolerance)
+    sharding = none
+    if shared:
+        worst = max(_compared(reference, runner(*args), tolerance), key=lambda d: d.relative)
+        sharding = f"yes, by the order of its sums: {worst}" if all(d.bitwise for d in alone) else f"it adds to what the cut changes: {worst}"
+    if all(d.bitwise for d in alone):
+        return "yes, bit for bit on one host device a mesh", sharding
+    if not strict:
+        exact = _compared(uncut(stages.program)(*args), prepare(stages, alone=True)(*args), tolerance)
+        if all(d.bitwise for d in exact):
+            return "yes: bit for bit under strict options; the default ones fuse across the cut and keep excess precision", sharding
+    return "yes, within bounds: the compiler orders or fuses a part otherwise than the whole (such as a loop of one trip)", sharding
+
+
+def _with_oracle(
+    stages: Stages, loaded: Mapping[int, Any], record: Record, refs: References, outputs: tuple[Difference, ...], boundaries: tuple[Difference, ...], reference: Any, result: Any, trips: int,
+) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:  # fmt: skip
+    """The same differences, with the errors of both sides against float64."""
+    truth = References(stages, loaded, True, trips, wide=True)
+    wanted = [truth.get((t, None), -1) for t in stages.program.graph.outputs]
+    leaves = zip(outputs, wanted, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result), strict=True)
+    held = tuple(against(d, t, a, b) if t is not None else d for d, t, a, b in leaves)
+    found = []
+    kept = [(key, array) for table in (record.read, record.kept) for key, array in table.items() if _comparable(stages, key, refs)]
+    for d, ((_, trip, value), array) in zip(boundaries, kept, strict=True):
+        true, plain = truth.get(value, trip), refs.get(value, trip)
+        found.append(d if true is None or plain is None else against(d, true, plain, array))
+    return held, tuple(found)
+
+
+def _comparable(stages: Stages, key: tuple[int, int, Any], refs: References) -> bool:
+    stage_id, trip, value = key
+    region = next(s.region for s in stages.all if s.id == stage_id)
+    return region != "cond" and refs.get(value, trip) is not None
+
+
+def _tokens(stages: Stages, record: Record, refs: References, chosen: tuple[tuple[int, str], ...]) -> tuple[Choices, ...]:
+    """Distributions of tokens that stages computed, against the uncut program's, of the top level and the first trips of a cut loop."""
+    found = []
+    for t, name in chosen:
+        made = {trip: array for (_, trip, v), array in {**record.read, **record.kept}.items() if v == (t, None)}
+        if not made:
+            made = divergence.recomputed(stages, record, refs, t)
+        for trip, array in sorted(made.items()):
+            reference = refs.get((t, None), trip)
+            if reference is not None and reference.shape == array.shape:
+                found.append(choices(f"tokens of {name}" + (f", trip {trip}" if trip >= 0 else ""), reference, array))
+    return tuple(found)
 
 
 def _not_shown(stages: Stages) -> tuple[str, ...]:
@@ -181,80 +191,15 @@ def _unseen(trips: int, all_trips: int) -> tuple[str, ...]:
     return (f"inside the token loop, values at stage boundaries were compared for the first {trips} of {all_trips} trips",) if trips < all_trips else ()
 
 
-class _References:
-    """Values of the uncut program: of its top level, and of the first trips of its token loop, on one host device."""
-
-    def __init__(self, stages: Stages, loaded: Mapping[int, Any], strict: bool, trips: int):
-        self.program, self.stages, self.loaded = stages.program, stages, loaded
-        self.lowered = self.program.entry.lowered
-        self.options = dict(strict_options()) if strict else {}
-        self.trips = trips
-        self.given = {t: v if np.ndim(v) else np.asarray(v, self.lowered.avals[t].dtype) for t, v in self.lowered.values.items()}
-        self.top: dict[int, Any] = {}
-        self.inner: list[dict[int, Any]] = []
-        self._compute()
-
-    def get(self, value: Value, trip: int) -> np.ndarray | None:
-        """The reference of a value, None where the uncut program has no such value (a carry between ranges of a scan)."""
-        t, span = value
-        if span is not None and span[0] == span[1]:
-            return None
-        table = self.inner[trip] if 0 <= trip < len(self.inner) and t in self.inner[trip] else self.top
-        if t not in table:
-            return None
-        array = _jax.to_numpy(table[t])
-        return array if span is None else array[span[0] : span[1]]
-
-    def compiled(self, items: list[Item], wanted: list[int]) -> Callable[[Mapping[int, Any]], dict[int, Any]]:
-        """Ops as a function from known tensors to wanted ones, compiled once."""
-        made = {v[0] for op, _ in items for v in writes(op, None)}
-        tensors = self.program.graph.tensors
-        inputs = sorted({t for op, _ in items for t in op.inputs if t not in made and tensors[t].role is not Role.LITERAL})
-        wanted = [t for t in wanted if t in made]
-        jaxpr = _jax.write(items, [(t, None) for t in inputs], [(t, None) for t in wanted], self.lowered, name="reference")
-        fn = jax.jit(_jax.as_function(jaxpr), compiler_options=self.options)
-        return lambda known: dict(zip(wanted, fn(*[known[t] for t in inputs]), strict=True))
-
-    def _compute(self) -> None:
-        graph = self.program.graph
-        values = {v[0] for s in self.stages.all for v in (*s.inputs, *s.outputs)}
-        loop_op = self.stages.problem.phases.token_loop if self.stages.problem.phases else None
-        known = {**self.given, **self.loaded}
-        entering = set(loop_op.inputs) if loop_op is not None else set()
-        top = [t for op in graph.ops for t in op.outputs if t in values | entering | set(graph.outputs)]
-        self.top = self.compiled([(op, None) for op in graph.ops], top)(known)
-        known.update(self.top)
-        cut_loop = any(s.region != "top" for s in self.stages.all)
-        if loop_op is None or loop_op.loop is None or not cut_loop:
-            return
-        loop, own = loop_op.loop, loop_op.inputs[loop_op.loop.cond_consts :]
-        inside = dict(zip(loop.body.inputs, own, strict=True))
-        state = {t: known[outer] for t, outer in inside.items()}
-        after = loop.consts + loop.carry
-        stacked = {t: state.pop(t) for t in loop.body.inputs[after:]}
-        wanted = [t for op in loop.body.ops for t in op.outputs if t in values or t in loop.body.outputs]
-        body = self.compiled([(op, None) for op in loop.body.ops], wanted)
-        for trip in range(min(self.trips, self.stages.problem.workload.trips)):
-            rows = {t: a[trip if not loop.reverse else len(a) - 1 - trip] for t, a in stacked.items()}
-            made = body({**known, **state, **rows})
-            self.inner.append({**state, **made})
-            new = {t: made.get(o, {**known, **state, **rows}.get(o)) for t, o in zip(loop.body.inputs[loop.consts : after], loop.body.outputs, strict=False)}
-            state = {**state, **new}
-
-
-def _boundaries(stages: Stages, record: Record, refs: _References, tolerance: Mapping[str, float] | None) -> tuple[tuple[Difference, ...], str | None]:
+def _boundaries(stages: Stages, record: Record, refs: References, tolerance: Mapping[str, float] | None) -> tuple[tuple[Difference, ...], str | None]:
     """Every kept value against its reference, in the order of the run, and the first culprit."""
     found: list[Difference] = []
-    culprit: str | None = None
-    by_id = {s.id: s for s in stages.all}
     for source, table in (("read by", record.read), ("made by", record.kept)):
-        for (stage_id, trip, value), array in table.items():
-            reference = refs.get(value, trip)
-            if reference is None or by_id[stage_id].region == "cond":
+        for key, array in table.items():
+            if not _comparable(stages, key, refs):
                 continue
+            stage_id, trip, value = key
             where = f"value {value[0]}{'' if value[1] is None else list(value[1])} {source} stage {stage_id}" + (f", trip {trip}" if trip >= 0 else "")
-            found.append(compare(where, reference, array, tolerance))
-    bad = [d for d in found if not d.equal]
-    if bad:
-        culprit = divergence.culprit(stages, record, refs, lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d))
-    return tuple(found), culprit
+            found.append(compare(where, refs.get(value, trip), array, tolerance))
+    differs: Callable[[Any, Any], str] = lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d)  # noqa: E731
+    return tuple(found), divergence.culprit(stages, record, refs, differs) if any(not d.equal for d in found) else None

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from partition import _jax
+from partition._jax.rewriting import unconstrained, wide_sums
 from partition.dispatch import Walk
 from partition.errors import ExecutionError, told
 from partition.graph import OPAQUE, Value, bodies
@@ -104,14 +105,14 @@ def _spec(mesh: Mesh, split: Split | None, shape: Sequence[int]) -> PartitionSpe
 class Runner:
     """Compiled stages of a cut program. `load(*args)` places weights and inputs; `run(loaded)` computes; calling does both."""
 
-    def __init__(self, stages: Stages, *, strict: bool = True, progress: Callable[[str], None] | None = None):
+    def __init__(self, stages: Stages, *, strict: bool = True, alone: bool = False, progress: Callable[[str], None] | None = None):
         self.stages, self.program = stages, stages.program
         self.lowered = self.program.entry.lowered
         self.tensors = self.program.graph.tensors
         self.options = dict(strict_options()) if strict else {}
         cluster = stages.problem.cluster
         assert cluster is not None
-        sizes = [m.stand_in for m in cluster.meshes]
+        sizes = [1 if alone else m.stand_in for m in cluster.meshes]
         used = sorted({s.mesh for s in stages.all}) or [0]  # a program without ops hands on its arguments
         devices = jax.devices("cpu")
         needed = sum(sizes[m] for m in used)
@@ -155,8 +156,8 @@ class Runner:
 
     def _build(self, stage: Stage, inner: Any, ins: Sequence[NamedSharding], outs: Sequence[NamedSharding]) -> Callable[..., Any]:
         shared = self.meshes[stage.mesh].size > 1
-        own = _jax.unconstrained(stage.jaxpr)
-        fn = _jax.as_function(_jax.wide_sums(own) if shared else own)
+        own = unconstrained(stage.jaxpr)
+        fn = _jax.as_function(wide_sums(own) if shared else own)
         jitted = jax.jit(fn, in_shardings=tuple(ins), out_shardings=list(outs), donate_argnums=stage.donated, compiler_options=self.options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
@@ -274,9 +275,10 @@ def _bind(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
     return dict(zip(program.graph.inputs, leaves, strict=True))
 
 
-def prepare(stages: Stages, *, strict: bool = True, progress: Callable[[str], None] | None = None) -> Runner:
-    """Compile every stage ahead of time. strict: under the options that keep a cut bit-exact. Raises ExecutionError."""
-    return Runner(stages, strict=strict, progress=progress)
+def prepare(stages: Stages, *, strict: bool = True, alone: bool = False, progress: Callable[[str], None] | None = None) -> Runner:
+    """Compile every stage ahead of time. strict: under the options that keep a cut bit-exact. alone: on one host device for each mesh, so that nothing is
+    sharded. Raises ExecutionError."""
+    return Runner(stages, strict=strict, alone=alone, progress=progress)
 
 
 def run(stages: Stages, *args: Any) -> Any:

@@ -9,7 +9,8 @@ import pytest
 from conftest import POLICIES, posed, tagged
 
 from partition import profiles
-from partition.equivalence import check, compare, ulps
+from partition.distances import compare, ulps
+from partition.equivalence import check
 from partition.errors import EquivalenceError, ExecutionError
 from partition.execution import Runner, prepare, run, uncut
 from partition.phases import tag
@@ -101,6 +102,7 @@ def test_narrow_contractions_over_several_devices_are_summed_wide() -> None:
     from jax.extend import core as jex
 
     from partition import _jax
+    from partition._jax.rewriting import wide_sums
 
     def fn(x, w):  # type: ignore[no-untyped-def]
         h = jax.jit(lambda a: a @ w)(x)
@@ -109,7 +111,7 @@ def test_narrow_contractions_over_several_devices_are_summed_wide() -> None:
 
     args = [np.linspace(-1, 1, 64).reshape(8, 8).astype(jnp.bfloat16) * s for s in (1, -0.5)]
     jaxpr = jax.make_jaxpr(fn)(*args)
-    wide = _jax.wide_sums(jaxpr)
+    wide = wide_sums(jaxpr)
     _jax.check(wide)
     assert str(wide).count("preferred_element_type=float32") == 4 and "preferred_element_type=bfloat16" not in str(wide)
     for a, b in zip(jex.jaxpr_as_fun(jaxpr)(*args), jex.jaxpr_as_fun(wide)(*args), strict=True):

@@ -326,63 +326,6 @@ def inside(want: Any, got: Any, read: Callable[[Any], Any]) -> Iterator[tuple[An
         yield callee, other, values
 
 
-_ENTERED = ("jaxpr", "body_jaxpr", "branches", "call_jaxpr", "fun_jaxpr")
-_UNENTERED = OPAQUE | {"custom_jvp_call", "custom_vjp_call"}
-
-
-def _rewritten(jaxpr: Any, change: Callable[[Any], list[Any] | None]) -> Any:
-    """The same jaxpr, bodies included, with every equation as `change` gives it; None keeps it."""
-    inner = body_of(jaxpr)
-    eqns: list[Any] = []
-    for eqn in inner.eqns:
-        if (new := change(eqn)) is not None:
-            eqns += new
-            continue
-        for key in (k for k in _ENTERED if k in eqn.params and eqn.primitive.name not in _UNENTERED):
-            held = eqn.params[key]
-            entered = tuple(_rewritten(j, change) for j in held) if isinstance(held, tuple) else _rewritten(held, change)
-            eqn = eqn.replace(params={**eqn.params, key: entered})
-        eqns.append(eqn)
-    body = jex.Jaxpr(constvars=inner.constvars, invars=inner.invars, outvars=inner.outvars, eqns=eqns, effects=inner.effects, debug_info=inner.debug_info)
-    return jex.ClosedJaxpr(body, consts_of(jaxpr)) if hasattr(jaxpr, "jaxpr") else body
-
-
-def _cast(eqn: Any, value: Any, dtype: Any) -> Any:
-    return eqn.replace(primitive=jax.lax.convert_element_type_p, invars=[value], outvars=eqn.outvars[:1], effects=set(),
-                       params={"new_dtype": dtype, "weak_type": False, "sharding": None})  # fmt: skip
-
-
-def wide_sums(jaxpr: Any) -> Any:
-    """The same jaxpr with every contraction of narrow floats summed in float32 and rounded once at its end.
-
-    Where devices share a contraction, their partial sums then meet in float32, and the result is rounded as often as the uncut one.
-    """
-
-    def change(eqn: Any) -> list[Any] | None:
-        if eqn.primitive.name != "dot_general":
-            return None
-        out = eqn.outvars[0].aval
-        if not jnp.issubdtype(out.dtype, jnp.floating) or out.dtype.itemsize >= 4:
-            return None
-        wide = jex.Var(jax.core.ShapedArray(out.shape, jnp.float32))
-        return [eqn.replace(outvars=[wide], params={**eqn.params, "preferred_element_type": jnp.dtype("float32")}), _cast(eqn, wide, out.dtype)]
-
-    return _rewritten(jaxpr, change)
-
-
-def unconstrained(jaxpr: Any) -> Any:
-    """The same jaxpr without its author's sharding constraints: they name devices of a mesh of the author's."""
-
-    def change(eqn: Any) -> list[Any] | None:
-        return [_cast(eqn, eqn.invars[0], eqn.outvars[0].aval.dtype)] if eqn.primitive.name == "sharding_constraint" else None
-
-    return _rewritten(jaxpr, change) if _has(jaxpr, "sharding_constraint") else jaxpr
-
-
-def _has(jaxpr: Any, primitive: str) -> bool:
-    return any(e.primitive.name == primitive or any(_has(j, primitive) for j in jex.jaxprs_in_params(e.params)) for e in body_of(jaxpr).eqns)
-
-
 def check(jaxpr: Any) -> None:
     """Raise where a jaxpr is malformed."""
     jex.check_jaxpr(body_of(jaxpr))
@@ -391,6 +334,16 @@ def check(jaxpr: Any) -> None:
 def is_key(aval: Any) -> bool:
     """Whether an aval is a typed PRNG key."""
     return bool(jnp.issubdtype(aval.dtype, jax.dtypes.prng_key))
+
+
+_KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+
+
+def from_numpy(value: Any, aval: Any) -> Any:
+    """What `to_numpy` gave of a value of this aval, as a value: words become a typed PRNG key again."""
+    if not is_key(aval) or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value
+    return jax.random.wrap_key_data(jnp.asarray(value), impl=_KEYS[str(aval.dtype)])
 
 
 def to_numpy(value: Any) -> np.ndarray:

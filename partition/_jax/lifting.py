@@ -1,0 +1,110 @@
+"""Evaluates a jaxpr in another arithmetic: every equation as an `Arithmetic` says, loops, branches and calls entered.
+
+`interpreted(jaxpr, arithmetic)` is a function of the jaxpr's inputs that JAX can compile. `Float64` is the oracle's arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from partition._jax import _callee, _scan_arity, body_of, consts_of
+from partition.graph import OPAQUE
+
+
+class Arithmetic(Protocol):
+    """How values enter, and what an equation without a body gives."""
+
+    def enter(self, value: Any, aval: Any) -> Any:
+        """An input, a constant or a literal."""
+
+    def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
+        """The results of an equation."""
+
+
+def bind(eqn: Any, given: Sequence[Any], **params: Any) -> list[Any]:
+    """An equation as JAX computes it, with other parameters where given."""
+    out = eqn.primitive.bind(*given, **{**eqn.params, **params})
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def interpreted(jaxpr: Any, how: Arithmetic) -> Callable[..., list[Any]]:
+    """A closed (or constant-free) jaxpr as a function of its inputs, in some arithmetic."""
+    return functools.partial(_evaluate, how, jaxpr)
+
+
+def _evaluate(how: Arithmetic, jaxpr: Any, *args: Any) -> list[Any]:
+    inner = body_of(jaxpr)
+    env: dict[Any, Any] = {v: how.enter(c, v.aval) for v, c in zip(inner.constvars, consts_of(jaxpr), strict=True)}
+    env.update((v, how.enter(a, v.aval)) for v, a in zip(inner.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return how.enter(np.asarray(atom.val, atom.aval.dtype), atom.aval) if isinstance(atom, jex.Literal) else env[atom]  # type: ignore[attr-defined]
+
+    for eqn in inner.eqns:
+        given = [read(a) for a in eqn.invars]
+        env.update(zip(eqn.outvars, _equation(how, eqn, given), strict=True))
+    return [read(a) for a in inner.outvars]
+
+
+def _equation(how: Arithmetic, eqn: Any, given: list[Any]) -> list[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    run = functools.partial(_evaluate, how)
+    if name == "scan":
+        consts, carry = _scan_arity(params)
+        held, state, xs = given[:consts], given[consts : consts + carry], given[consts + carry :]
+
+        def step(state: Any, row: Any) -> tuple[list[Any], list[Any]]:
+            out = run(params["jaxpr"], *held, *state, *row)
+            return out[:carry], out[carry:]
+
+        last, rows = jax.lax.scan(step, state, xs, length=params["length"], reverse=params["reverse"])
+        return [*last, *rows]
+    if name == "while":
+        first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        return list(jax.lax.while_loop(lambda s: run(params["cond_jaxpr"], *given[:first], *s)[0], lambda s: run(params["body_jaxpr"], *given[first:second], *s), given[second:]))
+    if name == "cond":
+        return list(jax.lax.switch(given[0], [functools.partial(run, b) for b in params["branches"]], *given[1:]))
+    if (callee := _callee(eqn)) is not None:
+        return run(callee, *given)
+    return how.leaf(eqn, given)
+
+
+def floats(x: Any) -> bool:
+    """Whether a dtype, or what has one, is of a float type, bfloat16 included."""
+    return bool(jnp.issubdtype(getattr(x, "dtype", x), jnp.floating))
+
+
+_SCATTERS: dict[str, Callable[..., Any]] = {
+    "scatter": jax.lax.scatter, "scatter-add": jax.lax.scatter_add, "scatter_add": jax.lax.scatter_add, "scatter_mul": jax.lax.scatter_mul,
+    "scatter-mul": jax.lax.scatter_mul, "scatter_min": jax.lax.scatter_min, "scatter-min": jax.lax.scatter_min, "scatter_max": jax.lax.scatter_max,
+    "scatter-max": jax.lax.scatter_max,
+}  # fmt: skip
+
+
+class Float64:
+    """Every float in float64, integers as they were; what a program rounds on purpose it does not round. Needs `jax.enable_x64`.
+
+    Bits of floats and opaque calls are computed in the program's own types.
+    """
+
+    def enter(self, value: Any, aval: Any) -> Any:
+        return jnp.asarray(value, jnp.float64) if floats(aval) else value
+
+    def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
+        name, params = eqn.primitive.name, eqn.params
+        if name in _SCATTERS:  # what they do with an element is a jaxpr of the program's type
+            kept = {k: params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
+            return [_SCATTERS[name](*given, params["dimension_numbers"], **kept)]
+        if name in OPAQUE or name == "bitcast_convert_type" or any(True for _ in jex.jaxprs_in_params(params)):
+            own = [jnp.asarray(x, v.aval.dtype) if floats(v.aval) else x for x, v in zip(given, eqn.invars, strict=True)]
+            return [self.enter(out, v.aval) for out, v in zip(bind(eqn, own), eqn.outvars, strict=True)]
+        if name == "reduce_precision":
+            return [given[0]]
+        return bind(eqn, given, **{k: np.dtype(np.float64) for k, v in params.items() if isinstance(v, np.dtype) and floats(v)})

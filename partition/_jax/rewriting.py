@@ -1,0 +1,69 @@
+"""Changes equations of jaxprs and leaves the rest as it is: sums that are wide enough for several devices, no constraints of the author's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from partition._jax import body_of, consts_of
+from partition.graph import OPAQUE
+
+_ENTERED = ("jaxpr", "body_jaxpr", "branches", "call_jaxpr", "fun_jaxpr")
+_UNENTERED = OPAQUE | {"custom_jvp_call", "custom_vjp_call"}
+
+
+def _rewritten(jaxpr: Any, change: Callable[[Any], list[Any] | None]) -> Any:
+    """The same jaxpr, bodies included, with every equation as `change` gives it; None keeps it."""
+    inner = body_of(jaxpr)
+    eqns: list[Any] = []
+    for eqn in inner.eqns:
+        if (new := change(eqn)) is not None:
+            eqns += new
+            continue
+        for key in (k for k in _ENTERED if k in eqn.params and eqn.primitive.name not in _UNENTERED):
+            held = eqn.params[key]
+            entered = tuple(_rewritten(j, change) for j in held) if isinstance(held, tuple) else _rewritten(held, change)
+            eqn = eqn.replace(params={**eqn.params, key: entered})
+        eqns.append(eqn)
+    body = jex.Jaxpr(constvars=inner.constvars, invars=inner.invars, outvars=inner.outvars, eqns=eqns, effects=inner.effects, debug_info=inner.debug_info)
+    return jex.ClosedJaxpr(body, consts_of(jaxpr)) if hasattr(jaxpr, "jaxpr") else body
+
+
+def _cast(eqn: Any, value: Any, dtype: Any) -> Any:
+    return eqn.replace(primitive=jax.lax.convert_element_type_p, invars=[value], outvars=eqn.outvars[:1], effects=set(),
+                       params={"new_dtype": dtype, "weak_type": False, "sharding": None})  # fmt: skip
+
+
+def wide_sums(jaxpr: Any) -> Any:
+    """The same jaxpr with every contraction of narrow floats summed in float32 and rounded once at its end.
+
+    Where devices share a contraction, their partial sums then meet in float32, and the result is rounded as often as the uncut one.
+    """
+
+    def change(eqn: Any) -> list[Any] | None:
+        if eqn.primitive.name != "dot_general":
+            return None
+        out = eqn.outvars[0].aval
+        if not jnp.issubdtype(out.dtype, jnp.floating) or out.dtype.itemsize >= 4:
+            return None
+        wide = jex.Var(jax.core.ShapedArray(out.shape, jnp.float32))
+        return [eqn.replace(outvars=[wide], params={**eqn.params, "preferred_element_type": jnp.dtype("float32")}), _cast(eqn, wide, out.dtype)]
+
+    return _rewritten(jaxpr, change)
+
+
+def unconstrained(jaxpr: Any) -> Any:
+    """The same jaxpr without its author's sharding constraints: they name devices of a mesh of the author's."""
+
+    def change(eqn: Any) -> list[Any] | None:
+        return [_cast(eqn, eqn.invars[0], eqn.outvars[0].aval.dtype)] if eqn.primitive.name == "sharding_constraint" else None
+
+    return _rewritten(jaxpr, change) if _has(jaxpr, "sharding_constraint") else jaxpr
+
+
+def _has(jaxpr: Any, primitive: str) -> bool:
+    return any(e.primitive.name == primitive or any(_has(j, primitive) for j in jex.jaxprs_in_params(e.params)) for e in body_of(jaxpr).eqns)

@@ -1,0 +1,149 @@
+"""How far two arrays lie apart: bit for bit, in value, in units in the last place, as directions; NaN and infinity first.
+
+Of a token distribution it is also how far the distributions are, and whether they choose alike. Everything is computed in NumPy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from partition import _jax
+
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+"""How far a float may be off, as a share of the largest magnitude of its tensor: a hundred or so roundings of the dtype. Integers,
+truth values and keys must be equal."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One tensor of the cut program against the uncut one.
+
+    bitwise: every bit equal. invalid: places where one is NaN or infinite and the other is not the same. max_abs, max_ulp: largest
+    distance, in value and in units in the last place. relative: max_abs over the largest magnitude of the reference. wrong: elements
+    that differ. equal: within the stated bound. rms: of the differences. cosine: of the two as directions (1 where both are 0).
+    steps: how many elements lie 0, 1, 2, up to 4, 16, 256, and more units in the last place apart. first: index of the first element that differs. oracle: rms errors of the
+    uncut and of the cut against float64, where that was asked for.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bitwise: bool
+    invalid: int
+    max_abs: float
+    relative: float
+    max_ulp: int
+    wrong: int
+    bound: float
+    equal: bool
+    rms: float = 0.0
+    cosine: float = 1.0
+    steps: tuple[int, ...] = ()
+    first: tuple[int, ...] | None = None
+    oracle: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        if self.bitwise:
+            return f"{self.name} {self.dtype}{list(self.shape)}: equal bit for bit"
+        what = f"{self.wrong} of {int(np.prod(self.shape))} elements differ, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP"
+        bad = f", {self.invalid} NaN or infinite on one side only" if self.invalid else ""
+        first = f", first at {list(self.first)}" if self.first is not None and self.rms == 0 else ""
+        near = f", rms error against float64 {self.oracle[1]:.3g}, the uncut program's own {self.oracle[0]:.3g}" if self.oracle is not None else ""
+        return f"{self.name} {self.dtype}{list(self.shape)}: {what}{first}{bad}{near}; bound {self.bound:g} of scale: {'within' if self.equal else 'BEYOND'}"
+
+
+def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distance of two float arrays in units in the last place, as int64 (or float for float64)."""
+    kind = {2: np.int16, 4: np.int32, 8: np.int64}.get(a.dtype.itemsize)
+    if kind is None:
+        return np.zeros(a.shape, np.int64)
+
+    def ordered(x: np.ndarray) -> np.ndarray:
+        bits = np.ascontiguousarray(x).view(kind).astype(object if a.dtype.itemsize == 8 else np.int64)
+        low = -(1 << (8 * a.dtype.itemsize - 1))
+        return np.where(bits < 0, low - bits, bits)
+
+    distance: np.ndarray = np.abs(ordered(a) - ordered(b))
+    return distance
+
+
+def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, float] | None = None) -> Difference:
+    """Compare two arrays: shapes and dtypes, then NaN and infinity, then values."""
+    a, b = _jax.to_numpy(reference), _jax.to_numpy(candidate)
+    dtype, shape = str(a.dtype), tuple(a.shape)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return Difference(name=f"{name} (cut: {b.dtype}{list(b.shape)})", shape=shape, dtype=dtype, bitwise=False, invalid=0, max_abs=np.inf,
+                          relative=np.inf, max_ulp=0, wrong=max(a.size, 1), bound=0.0, equal=False)  # fmt: skip
+    bound = (tolerance or TOLERANCE).get(dtype, 0.0)
+    bitwise = a.tobytes() == b.tobytes()
+    if "float" not in dtype:
+        wrong = int((a != b).sum())
+        gap = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) if wrong and a.dtype != bool else float(bool(wrong))
+        return Difference(name=name, shape=shape, dtype=dtype, bitwise=bitwise, invalid=0, max_abs=gap, relative=gap, max_ulp=0,
+                          wrong=wrong, bound=0.0, equal=not wrong, first=_first(a != b))  # fmt: skip
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    finite = np.isfinite(x) & np.isfinite(y)
+    same = (np.isnan(x) & np.isnan(y)) | (x == y)
+    invalid = int((~finite & ~same).sum())
+    gaps = np.where(finite, np.abs(np.where(finite, x, 0) - np.where(finite, y, 0)), 0.0)
+    gap = float(gaps.max(initial=0.0))
+    scale = float(np.abs(np.where(np.isfinite(x), x, 0.0)).max(initial=0.0))
+    relative = gap / scale if scale > 0 else (0.0 if gap == 0 else np.inf)
+    apart = np.where(finite, ulps(a, b), 0).astype(np.float64) if gap > 0 else np.zeros(a.shape)
+    length = float(np.sqrt((np.where(finite, x, 0) ** 2).sum() * (np.where(finite, y, 0) ** 2).sum()))
+    return Difference(
+        name=name, shape=shape, dtype=dtype, bitwise=bitwise, invalid=invalid, max_abs=gap, relative=relative, max_ulp=int(apart.max(initial=0)), wrong=int((~same).sum()), bound=bound,
+        equal=invalid == 0 and relative <= bound, rms=float(np.sqrt((gaps**2).mean())) if gaps.size else 0.0, cosine=float((np.where(finite, x, 0) * np.where(finite, y, 0)).sum()) / length if length > 0 else 1.0,
+        steps=tuple(int(n) for n in np.histogram(apart, [-0.5, 0.5, 1.5, 2.5, 4.5, 16.5, 256.5, np.inf])[0]), first=_first(~same),
+    )  # fmt: skip
+
+
+def _first(differs: np.ndarray) -> tuple[int, ...] | None:
+    return tuple(int(i) for i in np.argwhere(differs)[0]) if differs.any() else None
+
+
+def against(difference: Difference, oracle: Any, reference: Any, candidate: Any) -> Difference:
+    """A difference with the rms errors of both against an oracle, where floats are compared."""
+    truth, a, b = (np.asarray(_jax.to_numpy(v), np.float64) for v in (oracle, reference, candidate))
+    if "float" not in difference.dtype or not truth.shape == a.shape == b.shape:
+        return difference
+    finite = np.isfinite(truth) & np.isfinite(a) & np.isfinite(b)
+    errors = [float(np.sqrt((np.where(finite, x - np.where(finite, truth, 0), 0) ** 2).sum() / max(finite.sum(), 1))) for x in (np.where(finite, a, 0), np.where(finite, b, 0))]
+    return dataclasses.replace(difference, oracle=(errors[0], errors[1]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """Two distributions of tokens, of one place in the program. rows: how many. kl: the mean and the largest Kullback-Leibler divergence [nats]; top1, top5: shares of
+    rows of which the likeliest, and the five likeliest as sets, are the same."""
+
+    name: str
+    rows: int
+    kl: tuple[float, float]
+    top1: float
+    top5: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: KL {self.kl[0]:.2g} nats (at most {self.kl[1]:.2g}), the likeliest token agrees in {100 * self.top1:.1f} % of {self.rows} rows, the five likeliest in {100 * self.top5:.1f} %"
+
+
+def choices(name: str, reference: Any, candidate: Any) -> Choices:
+    """Compare logits [..., vocabulary] as distributions."""
+    a, b = (np.asarray(_jax.to_numpy(x), np.float64) for x in (reference, candidate))
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+
+    def log(x: np.ndarray) -> np.ndarray:
+        top = x - x.max(axis=-1, keepdims=True)
+        shifted: np.ndarray = top - np.log(np.exp(top).sum(axis=-1, keepdims=True))
+        return shifted
+
+    p, q = log(a), log(b)
+    with np.errstate(invalid="ignore"):
+        kl = np.where(np.exp(p) > 0, np.exp(p) * (p - q), 0.0).sum(axis=-1)
+    order = [np.argsort(-x, axis=-1, kind="stable")[:, :5] for x in (a, b)]
+    same = [set(x) == set(y) for x, y in zip(*(o.tolist() for o in order), strict=True)]
+    return Choices(name=name, rows=len(a), kl=(float(kl.mean()), float(kl.max())), top1=float((order[0][:, 0] == order[1][:, 0]).mean()), top5=float(np.mean(same)))
