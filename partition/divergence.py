@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from partition import _jax
+from partition._jax.likeness import unlike
 from partition.execution import Record
-from partition.graph import Op, Value, reads, writes
+from partition.graph import Op, writes
 from partition.program import Program
 from partition.references import References
 from partition.stages import Stage, Stages
@@ -43,12 +44,27 @@ def culprit(stages: Stages, record: Record, refs: References, differs: Differs) 
     return None
 
 
+def misread(stages: Stages) -> str | None:
+    """The first equation of a stage that is not the program's own, whatever it computes; None where all are."""
+    for stage in stages.all:
+        clean = _jax.write(stage.items, stage.reads, stage.outputs, stages.program.entry.lowered, name="clean")
+        if (found := unlike(clean, stage.jaxpr)) is None:
+            continue
+        way, how = found
+        at = f"stage {stage.id} on {stages.problem.meshes[stage.mesh]}"
+        if not way:
+            return f"{at}: {how} than the program's"
+        op = stage.items[_jax.body_of(clean).eqns.index(way[0])][0]
+        inner = f", inside it {way[-1].primitive.name} at {_jax.source(way[-1], (way[0], None))}" if len(way) > 1 else ""
+        return f"{at}: {describe(stages.program, op)}{inner}: the stage's {how}"
+    return None
+
+
 def _first_op(stages: Stages, stage: Stage, record: Record, refs: References, trip: int, differs: Differs) -> str:
     """The first equation of a stage whose result differs from the uncut program's, given the same inputs."""
     program, inputs = stages.program, _read(stages, stage, record, refs, trip)
-    bound = [_inside(stages, v, stage) for v in stage.inputs]
     made = [v for op, span in stage.items for v in writes(op, span)]
-    clean = _jax.write(stage.items, bound, made, program.entry.lowered, name="clean")
+    clean = _jax.write(stage.items, stage.reads, made, program.entry.lowered, name="clean")
     found = _first_equation(clean, stage.jaxpr, inputs, refs.options, differs)
     if found is None:
         return "every equation agrees on its own: the divergence comes from how the stage was compiled or sharded"
@@ -111,20 +127,6 @@ def _within(want: Any, got: Any, env: Any, options: Any, differs: Differs) -> st
             eqn = _jax.body_of(clean).eqns[number]
             return inner or f"{eqn.primitive.name} at {_jax.source(eqn, (want, None))}, whose result {how}"
     return ""
-
-
-def _inside(stages: Stages, value: Value, stage: Stage) -> Value:
-    """A stage's input under the name that the stage's ops use for it."""
-    names = {v for op, span in stage.items for v in reads(op, span)}
-    if value in names:
-        return value
-    loop_op = stages.problem.phases.token_loop if stages.problem.phases else None
-    assert loop_op is not None and loop_op.loop is not None
-    own = loop_op.inputs[loop_op.loop.cond_consts :]
-    for inner, outer in zip(loop_op.loop.body.inputs[: loop_op.loop.consts], own, strict=False):
-        if outer == value[0] and (inner, value[1]) in names:
-            return (inner, value[1])
-    return value
 
 
 def describe(program: Program, op: Op) -> str:

@@ -9,6 +9,7 @@ Where the outputs are within their bounds but not bit for bit, the reason is fou
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from partition.distances import Choices, Difference, against, choices, compare
 from partition.errors import EquivalenceError
 from partition.execution import Record, Runner, _bind, prepare, strict_options, uncut
 from partition.references import References, logits
-from partition.stages import Stages
+from partition.stages import Stage, Stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class Verdict:
 def check(
     stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[str, float] | None = None, trips: int = 2, oracle: bool = False, runner: Runner | None = None,
 ) -> Verdict:  # fmt: skip
-    """Run cut and uncut and compare outputs and stage boundaries (inside a cut token loop: its first `trips` trips).
+    """Run cut and uncut and compare outputs and stage boundaries (inside a cut token loop: of its first `trips` trips and the last).
 
     strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale, in place of TOLERANCE. oracle: hold both against float64 too.
     Raises EquivalenceError, with the verdict, where they differ by more than the bound; ExecutionError where they cannot run.
@@ -85,10 +86,11 @@ def check(
     chosen = logits(program)
     refs = References(stages, loaded, strict, trips, more=frozenset(t for t, _ in chosen))
     outputs = _compared(reference, result, tolerance)
-    boundaries, culprit = _boundaries(stages, record, refs, tolerance)
+    boundaries, culprit, seen = _boundaries(stages, record, refs, tolerance, trips)
+    culprit = divergence.misread(stages) or culprit
     equal = all(d.equal for d in outputs) and culprit is None
     longer = stages.problem.workload.trips if any(s.region == "body" for s in stages.all) else 0
-    if not equal and culprit is None and trips < longer:  # it diverges later than was looked
+    if not equal and not seen and trips + 1 < longer and divergence.misread(stages) is None:  # it diverges later than was looked
         return check(stages, *args, strict=strict, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
     bitwise = equal and all(d.bitwise for d in outputs)
     inner = sum(not d.bitwise for d in boundaries)
@@ -188,12 +190,14 @@ def _not_shown(stages: Stages) -> tuple[str, ...]:
 
 
 def _unseen(trips: int, all_trips: int) -> tuple[str, ...]:
-    return (f"inside the token loop, values at stage boundaries were compared for the first {trips} of {all_trips} trips",) if trips < all_trips else ()
+    return (f"inside the token loop, values at stage boundaries were compared for the first {trips} of {all_trips} trips and the last",) if trips + 1 < all_trips else ()
 
 
-def _boundaries(stages: Stages, record: Record, refs: References, tolerance: Mapping[str, float] | None) -> tuple[tuple[Difference, ...], str | None]:
-    """Every kept value against its reference, in the order of the run, and the first culprit."""
+def _boundaries(stages: Stages, record: Record, refs: References, tolerance: Mapping[str, float] | None, trips: int) -> tuple[tuple[Difference, ...], str | None, bool]:
+    """Every kept value against its reference, in the order of the run; the first culprit; and whether something differs before the first `trips` trips are over."""
     found: list[Difference] = []
+    early = {s.id for s in itertools.takewhile(lambda s: isinstance(s, Stage), stages.steps) if isinstance(s, Stage)}
+    seen = False
     for source, table in (("read by", record.read), ("made by", record.kept)):
         for key, array in table.items():
             if not _comparable(stages, key, refs):
@@ -201,5 +205,6 @@ def _boundaries(stages: Stages, record: Record, refs: References, tolerance: Map
             stage_id, trip, value = key
             where = f"value {value[0]}{'' if value[1] is None else list(value[1])} {source} stage {stage_id}" + (f", trip {trip}" if trip >= 0 else "")
             found.append(compare(where, refs.get(value, trip), array, tolerance))
+            seen |= not found[-1].equal and (trip < trips if trip >= 0 else stage_id in early)
     differs: Callable[[Any, Any], str] = lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d)  # noqa: E731
-    return tuple(found), divergence.culprit(stages, record, refs, differs) if any(not d.equal for d in found) else None
+    return tuple(found), divergence.culprit(stages, record, refs, differs) if any(not d.equal for d in found) else None, seen

@@ -182,7 +182,7 @@ class Runner:
         """Run a loaded request: (result, record).
 
         placed: where arrays of weights and inputs that lie on meshes are kept, to reuse in the next run. keep: keep the outputs of
-        every stage on the host, those inside the token loop for its first `keep` trips (-1: keep nothing).
+        every stage on the host, those inside the token loop for its first `keep` trips and the last that is planned (-1: keep nothing).
         """
         machine = _Computer(self, loaded, {} if placed is None else placed, keep)
         walk = Walk(self.stages, machine)
@@ -221,7 +221,7 @@ class _Computer:
         return self.placed[value, mesh]
 
     def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
-        keeps = self.keep >= 0 and trip < self.keep
+        keeps = self.keep >= 0 and (trip < self.keep or trip == self.runner.stages.problem.workload.trips - 1)
         if keeps:
             pairs = zip(stage.inputs, arrays, strict=True)
             self.read.update(((stage.id, trip, v), _jax.to_numpy(a).copy()) for v, a in pairs if v[0] not in self.loaded)

@@ -47,7 +47,7 @@ class References:
         self.trips, self.more, self.wide = trips, more, wide
         self.given = {t: v if np.ndim(v) else np.asarray(v, self.lowered.avals[t].dtype) for t, v in self.lowered.values.items()}
         self.top: dict[int, Any] = {}
-        self.inner: list[dict[int, Any]] = []
+        self.inner: dict[int, dict[int, Any]] = {}  # of the first trips and the last
         self._compute()
 
     def get(self, value: Value, trip: int) -> np.ndarray | None:
@@ -55,7 +55,7 @@ class References:
         t, span = value
         if span is not None and span[0] == span[1]:
             return None
-        table = self.inner[trip] if 0 <= trip < len(self.inner) and t in self.inner[trip] else self.top
+        table = self.inner[trip] if t in self.inner.get(trip, ()) else self.top
         if t not in table:
             return None
         array = _jax.to_numpy(table[t])
@@ -95,9 +95,11 @@ class References:
         stacked = {t: state.pop(t) for t in loop.body.inputs[after:]}
         wanted = [t for op in loop.body.ops for t in op.outputs if t in values or t in loop.body.outputs]
         body = self.compiled([(op, None) for op in loop.body.ops], wanted)
-        for trip in range(min(self.trips, self.stages.problem.workload.trips)):
+        planned = self.stages.problem.workload.trips
+        for trip in range(planned):
             rows = {t: a[trip if not loop.reverse else len(a) - 1 - trip] for t, a in stacked.items()}
             made = body({**known, **state, **rows})
-            self.inner.append({**state, **made})
+            if trip < self.trips or trip == planned - 1:
+                self.inner[trip] = {**state, **made}
             new = {t: made.get(o, {**known, **state, **rows}.get(o)) for t, o in zip(loop.body.inputs[loop.consts : after], loop.body.outputs, strict=False)}
             state = {**state, **new}

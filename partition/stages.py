@@ -30,7 +30,7 @@ class Stage:
     """Ops that run together on mesh number `mesh`. inputs and outputs are values, in the jaxpr's order.
 
     donated: positions of inputs whose memory the outputs may take over. An input that is a constant of the token loop goes by its
-    name outside the loop.
+    name outside the loop; reads: the inputs as the stage's ops name them.
     """
 
     id: int
@@ -41,6 +41,7 @@ class Stage:
     inputs: tuple[Value, ...] = dataclasses.field(repr=False)
     outputs: tuple[Value, ...] = dataclasses.field(repr=False)
     donated: tuple[int, ...] = ()
+    reads: tuple[Value, ...] = dataclasses.field(default=(), repr=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -332,7 +333,7 @@ class _Cutter:
             donated = self.donations(inputs, outputs, last, set(made), carry)
             jaxpr = _jax.write(items, inputs, outputs, self.lowered, name=f"stage{self.count}")
             bound = tuple(self.outside(v) for v in inputs)
-            out.append(Stage(id=self.count, mesh=mesh, region=region, items=items, jaxpr=jaxpr, inputs=bound, outputs=outputs, donated=donated))
+            out.append(Stage(id=self.count, mesh=mesh, region=region, items=items, jaxpr=jaxpr, inputs=bound, outputs=outputs, donated=donated, reads=inputs))
             self.count += 1
         return out
 

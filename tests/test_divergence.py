@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import partition as pt
+from partition import divergence
 from partition.errors import EquivalenceError
 
 W = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
@@ -55,7 +56,8 @@ def planted(policy: Any, **form: Any) -> str:
             return dataclasses.replace(step, body=tuple(swap[s.id] for s in step.body))
         return swap[step.id]
 
-    with pytest.raises(EquivalenceError) as error:
+    with pytest.raises(EquivalenceError) as error, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divergence, "misread", lambda stages: None)  # the numbers alone must tell
         pt.check(dataclasses.replace(made[0], steps=tuple(map(changed, made[0].steps))), W, TOKENS)
     return error.value.where
 
@@ -77,13 +79,17 @@ def test_a_late_trip_of_a_cut_loop_is_searched_too() -> None:
     problem = pt.pose(pt.tag(program), pt.cluster("trn2_efa_4cs3"), level="op", sharding="tensor")
     stages = pt.cut(program, cut_body(problem))
     verdict = pt.check(stages, W, TOKENS)
-    assert verdict.equal and any("first 2 of 5 trips" in n for n in verdict.not_shown)
+    assert verdict.equal and any("first 2 of 5 trips and the last" in n for n in verdict.not_shown)
     other = pt.trace(request(jnp.cos, late=3), W, TOKENS)
     theirs = pt.cut(other, cut_body(pt.pose(pt.tag(other), pt.cluster("trn2_efa_4cs3"), level="op", sharding="tensor")))
     swap = {a.id: dataclasses.replace(a, jaxpr=b.jaxpr) for a, b in zip(stages.all, theirs.all, strict=True)}
     steps = tuple(dataclasses.replace(s, body=tuple(swap[x.id] for x in s.body)) if hasattr(s, "body") else s for s in stages.steps)
-    with pytest.raises(EquivalenceError, match=r"\(sin\)") as error:
-        pt.check(dataclasses.replace(stages, steps=steps), W, TOKENS)
+    broken = dataclasses.replace(stages, steps=steps)
+    with pytest.raises(EquivalenceError, match=r"\(sin\).* is a cos"):
+        pt.check(broken, W, TOKENS)
+    with pytest.raises(EquivalenceError, match=r"\(sin\)") as error, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divergence, "misread", lambda stages: None)
+        pt.check(broken, W, TOKENS)
     assert "trip 3" in error.value.where
 
 

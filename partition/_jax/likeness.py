@@ -1,0 +1,60 @@
+"""Whether two jaxprs are one program: the first equation that is another, bodies of loops, branches and calls entered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.extend import core as jex
+
+from partition._jax import body_of
+
+
+def unlike(want: Any, got: Any) -> tuple[tuple[Any, ...], str] | None:
+    """(the equations of `want` on the way to the first that differs, the innermost last, and how it differs); None where the two are alike.
+
+    An empty way means that inputs, outputs or the number of equations differ.
+    """
+    one, other = body_of(want), body_of(got)
+    names: tuple[dict[Any, int], dict[Any, int]] = ({}, {})
+
+    def number(side: int, atom: Any) -> Any:
+        if isinstance(atom, jex.Literal):
+            return f"{atom.val!r} of {atom.aval}"
+        return names[side].setdefault(atom, len(names[side]))
+
+    for v, w in zip((*one.constvars, *one.invars), (*other.constvars, *other.invars), strict=False):
+        if number(0, v) != number(1, w) or str(v.aval) != str(w.aval):
+            return (), "its inputs are others"
+    for a, b in zip(one.eqns, other.eqns, strict=False):
+        if a.primitive.name != b.primitive.name:
+            return (a,), f"is a {b.primitive.name}"
+        if [number(0, x) for x in a.invars] != [number(1, x) for x in b.invars]:
+            return (a,), "reads other values"
+        if [str(x.aval) for x in (*a.invars, *a.outvars)] != [str(x.aval) for x in (*b.invars, *b.outvars)]:
+            return (a,), "has other shapes or types"
+        for x, y in zip(a.outvars, b.outvars, strict=True):
+            number(0, x), number(1, y)
+        if (inner := _params(a, b)) is not None:
+            return (a, *inner[0]), inner[1]
+    if len(one.eqns) != len(other.eqns):
+        return (), f"it has {len(other.eqns)} equations for {len(one.eqns)}"
+    if [number(0, x) for x in one.outvars] != [number(1, x) for x in other.outvars]:
+        return (), "its outputs are others"
+    return None
+
+
+def _params(a: Any, b: Any) -> tuple[tuple[Any, ...], str] | None:
+    """How the parameters of two equations of one primitive differ."""
+    if a.params.keys() != b.params.keys():
+        return (), "has other parameters"
+    for key, x in a.params.items():
+        y = b.params[key]
+        if x is y:
+            continue
+        pairs = [*zip(*(list(jex.jaxprs_in_params({key: p})) for p in (x, y)), strict=False)]
+        for j, k in pairs:
+            if (found := unlike(j, k)) is not None:
+                return found
+        if not pairs and str(x) != str(y):
+            return (), f"has {key} = {str(y)[:60]}, not {str(x)[:60]}"
+    return None
