@@ -229,9 +229,9 @@ class _Some:
         for n in nodes:
             often = 1 if times is None else times[n]
             if p.phase[n] is Phase.BOTH:
-                busy += (self.on[n] * (p.seconds[n] * often)).ravel()
+                busy += np.where(self.on[n], p.seconds[n] * often if often else 0.0, 0.0).ravel()
             else:
-                busy[self.at[n]] += self.taken[n] * often
+                busy[self.at[n]] += self.taken[n] * often if often else 0.0
         return busy.reshape(len(self.rows), -1)
 
     def occupied(self, weights: np.ndarray, batch: np.ndarray) -> np.ndarray:

@@ -35,8 +35,8 @@ class Bound:
 
 
 def critical_path(problem: Problem, nodes: list[int]) -> float:
-    """Longest path through nodes, each as fast as its fastest mesh, transfers free [s]."""
-    fastest, chosen = problem.seconds.min(axis=1), set(nodes)
+    """Longest path through nodes, each once and as fast as its fastest mesh, transfers free [s]; a node that never runs takes nothing."""
+    fastest, chosen = np.where(problem.times > 0, problem.seconds.min(axis=1), 0.0), set(nodes)
     end: dict[int, float] = {}
     for n in nodes:
         ready = [end[problem.flows[i].src] for i in problem.incoming[n]
@@ -107,8 +107,10 @@ def _area(problem: Problem) -> tuple[float, float]:
 
     chain = reduced(problem, ordered=False)
     loads, counts = chain.work, np.array(chain.counts, float)
-    biggest = max((float(row[np.isfinite(row)].min()) for row in loads), default=0.0)
+    biggest = max((float(row[np.isfinite(row)].min(initial=np.inf)) for row in loads), default=0.0)
     groups, width = loads.shape
+    if not np.isfinite(biggest):  # no mesh can run some group
+        return biggest, biggest
     able, scale = np.isfinite(loads), float(loads[np.isfinite(loads)].max(initial=0.0)) or 1.0
     index = np.arange(groups * width).reshape(groups, width)
     once = scipy.sparse.csr_matrix((np.ones(groups * width), (np.repeat(np.arange(groups), width), index.ravel())), shape=(groups, groups * width + 1))

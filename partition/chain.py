@@ -87,6 +87,7 @@ def kinds(problem: Problem) -> tuple[tuple[int, ...], ...]:
     found: dict[bytes, list[int]] = {}
     for m in range(len(problem.meshes)):
         one = [problem.seconds[:, m], problem.resident[:, m], problem.activation[:, m], problem.capacity[m : m + 1], problem.price[m : m + 1], problem.power[m : m + 1], problem.depth[m : m + 1]]
+        one += [np.array([float(m)])] if m in problem.pins.values() else []  # a mesh that is named is a kind of its own
         one += [problem.ports[m : m + 1]] if problem.ports is not None else [_links(problem, m)]
         found.setdefault(problem.kinds[m].encode() + np.concatenate(one).tobytes(), []).append(m)
     return tuple(map(tuple, found.values()))
@@ -133,7 +134,10 @@ def _chain(problem: Problem, groups: tuple[tuple[int, ...], ...], before: tuple[
     alike = kinds(problem)
     first = [ms[0] for ms in alike]
     of = {n: g for g, nodes in enumerate(groups) for n in nodes}
-    weight = problem.seconds[:, first] * problem.times[:, None]
+    able = np.isfinite(problem.seconds[:, first])
+    for n, m in problem.pins.items():
+        able[n] &= [m in ms for ms in alike]
+    weight = np.where(able, np.where(able, problem.seconds[:, first], 0.0) * problem.times[:, None], np.inf)
     work = np.array([weight[list(nodes)].sum(axis=0) for nodes in groups]).reshape(len(groups), len(first))
     shared: dict[tuple[int, ...], np.ndarray] = {}
     size = np.zeros((len(groups), len(first)))

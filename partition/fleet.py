@@ -66,7 +66,7 @@ def fleet(problem: Problem, placement: Placement, rate: float, *, busiest: float
     if not all(math.isfinite(x) for x in (e.ttft, *e.occupied)):
         raise PlacementError("the placement never ends, so no number of machines serves it", where="fleet", mend="place it where all links are")
     service = _service(problem, placement, e)
-    copies = [math.ceil(rate * s / busiest - 1e-9) if s > 0 else 0 for s in service]
+    copies = [max(1, math.ceil(rate * s / busiest * (1 - 1e-12))) if s > 0 else 0 for s in service]
     waited = [wait(rate, s, k) if k else 0.0 for s, k in zip(service, copies, strict=True)]
     pools = [{int(m) for n in problem.nodes(phase) for m in placement.of(n)} for phase in (Phase.PREFILL, Phase.DECODE)]
     first, second = (sorted(pools[0]) or sorted({int(m) for m in placement.mesh})), sorted(pools[1] - pools[0])
@@ -95,6 +95,10 @@ def wait(rate: float, service: float, servers: int) -> float:
     load = rate * service
     if load >= servers:
         return math.inf
+    if servers > 10_000:  # the limit of many servers (Halfin and Whitt, 1981)
+        spare = (1 - load / servers) * math.sqrt(servers)
+        phi, density = 0.5 * (1 + math.erf(spare / math.sqrt(2))), math.exp(-(spare**2) / 2) / math.sqrt(2 * math.pi)
+        return 0.5 * service / (servers - load) / (1 + spare * phi / density) if density > 0 else 0.0
     blocked = 1.0  # Erlang's B, server by server
     for k in range(1, servers + 1):
         blocked = load * blocked / (k + load * blocked)

@@ -112,6 +112,8 @@ class Plan:
         path = path / "plan.json" if path.is_dir() else path
         try:
             return from_json(json.loads(path.read_text()))
+        except OutputError as error:
+            raise OutputError(error.what, where=str(path), mend=error.mend) from None
         except PartitionError:
             raise
         except Exception as error:  # whatever a file of another form leads to

@@ -11,13 +11,13 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pydantic
 
 from partition.errors import InstanceError, OutputError, told
 from partition.flow import Flow, Resident
-from partition.graph import Value
 from partition.phases import Phase
 from partition.problem import Problem
 from partition.workload import Workload
@@ -44,38 +44,104 @@ def _plain(array: np.ndarray) -> Any:
     return [None if np.isinf(x) else x for x in array.tolist()]
 
 
+_Row: TypeAlias = list[float | None]  # None: infinity
+_Table: TypeAlias = list[list[float | None]]
+_Value: TypeAlias = tuple[int, tuple[int, int] | None]
+
+
+class _Flow(pydantic.BaseModel, strict=True, extra="forbid"):
+    value: _Value
+    src: int
+    dst: tuple[int, ...]
+    nbytes: pydantic.FiniteFloat
+    times: int
+    kind: str
+
+
+class _Resident(pydantic.BaseModel, strict=True, extra="forbid"):
+    name: str
+    kind: str
+    value: _Value
+    blocks: tuple[int, ...]
+    nbytes: pydantic.FiniteFloat
+
+
+class _Workload(pydantic.BaseModel, strict=True, extra="forbid"):
+    batch: pydantic.PositiveInt
+    trips: pydantic.NonNegativeInt
+
+
+class _File(pydantic.BaseModel, strict=True, extra="forbid"):
+    """What stands in a file, and of which types."""
+
+    format: str
+    names: list[str]
+    phase: list[str]
+    region: list[str]
+    meshes: list[str]
+    kinds: list[str]
+    flows: list[_Flow]
+    residents: list[_Resident]
+    workload: _Workload
+    objective: str
+    limits: dict[str, pydantic.FiniteFloat]
+    pins: dict[str, int]
+    together: list[tuple[int, ...]]
+    backward: list[int]
+    contiguous: bool
+    seconds: _Table
+    times: list[int]
+    resident: list[list[pydantic.FiniteFloat]]
+    activation: list[list[pydantic.FiniteFloat]]
+    capacity: _Row
+    alpha: list[list[pydantic.FiniteFloat]]
+    beta: _Table
+    wire: _Table
+    price: list[pydantic.FiniteFloat]
+    power: list[pydantic.FiniteFloat]
+    link_price: list[list[pydantic.FiniteFloat]]
+    depth: list[pydantic.FiniteFloat]
+    layer: list[int]
+    ports: list[pydantic.FiniteFloat] | None = None
+    rates: _Table | None = None
+    lanes: _Table | None = None
+
+
 def _array(raw: Any, name: str) -> np.ndarray:
     if name in ("times", "layer"):
         return np.array(raw, np.int64)
-    array = np.array(raw, np.float64)  # null becomes NaN
+    array = np.array(raw, np.float64)  # None becomes NaN
     return np.where(np.isnan(array), np.inf, array)
 
 
 def from_values(raw: Mapping[str, Any]) -> Problem:
-    """A problem from plain values. Raises KeyError, TypeError or ValueError for what is none."""
-    arrays: dict[str, Any] = {name: _array(raw[name], name) for name in _ARRAYS} | {name: _array(raw[name], name) for name in _MAYBE if raw.get(name) is not None}
-    n, m = len(raw["names"]), len(raw["meshes"])
-    arrays["resident"] = arrays["resident"].reshape(len(raw["residents"]), m)
-    if len(set(raw["names"])) < n:
-        raise ValueError(f"two nodes are called {next(x for i, x in enumerate(raw['names']) if x in raw['names'][:i])!r}")
+    """A problem from plain values. Raises ValueError (pydantic's is one) for what is none."""
+    try:
+        file = _File.model_validate_json(json.dumps(raw, allow_nan=False))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    arrays: dict[str, Any] = {name: _array(array, name) for name in (*_ARRAYS, *_MAYBE) if (array := getattr(file, name)) is not None}
+    n, m = len(file.names), len(file.meshes)
+    arrays["resident"] = arrays["resident"].reshape(len(file.residents), m)
+    if not n or not m or len(file.phase) != n or len(file.region) != n or len(file.kinds) != m:
+        raise ValueError("names, phase and region are of the nodes, meshes and kinds of the meshes, and there is one of each at least")
+    if len(set(file.names)) < n:
+        raise ValueError(f"two nodes are called {next(x for i, x in enumerate(file.names) if x in file.names[:i])!r}")
     if wrong := [name for name, a in arrays.items() if (a < 0).any() and name != "layer"]:
         raise ValueError(f"{wrong[0]} holds a number below 0")
-    for name in ("flows", "residents"):
-        for i, row in enumerate(raw[name]):
-            nodes = (row["src"], *row["dst"]) if name == "flows" else row["blocks"]
-            if any(not 0 <= x < n for x in nodes):
-                raise ValueError(f"{name}[{i}] names a node that does not exist")
+    if "ports" in arrays and len(arrays["ports"]) != m:
+        raise ValueError(f"ports has {len(arrays['ports'])} numbers for {m} meshes")
+    places = [(f"flows[{i}]", (f.src, *f.dst)) for i, f in enumerate(file.flows)] + [(f"residents[{i}]", r.blocks) for i, r in enumerate(file.residents)]
+    for where, nodes in (*places, *((f"together[{i}]", group) for i, group in enumerate(file.together)), ("backward", tuple(file.backward))):
+        if any(not 0 <= x < n for x in nodes):
+            raise ValueError(f"{where} names a node that does not exist")
     return Problem(
-        names=tuple(raw["names"]), phase=tuple(Phase(x) for x in raw["phase"]), region=tuple(raw["region"]), meshes=tuple(raw["meshes"]), kinds=tuple(raw["kinds"]),
-        workload=Workload(**raw["workload"]), objective=raw["objective"], limits=dict(raw["limits"]), pins={int(k): int(v) for k, v in raw["pins"].items()},
-        together=tuple(map(tuple, raw["together"])), backward=frozenset(raw["backward"]), contiguous=bool(raw["contiguous"]),
-        flows=tuple(Flow(**f | {"value": _value(f["value"]), "dst": tuple(f["dst"])}) for f in raw["flows"]),
-        residents=tuple(Resident(**r | {"value": _value(r["value"]), "blocks": tuple(r["blocks"])}) for r in raw["residents"]), **arrays,
+        names=tuple(file.names), phase=tuple(Phase(x) for x in file.phase), region=tuple(file.region), meshes=tuple(file.meshes), kinds=tuple(file.kinds),
+        workload=Workload(**file.workload.model_dump()), objective=file.objective, limits=file.limits, pins={int(k): v for k, v in file.pins.items()},
+        together=tuple(file.together), backward=frozenset(file.backward), contiguous=file.contiguous,
+        flows=tuple(Flow(**f.model_dump()) for f in file.flows), residents=tuple(Resident(**r.model_dump()) for r in file.residents), **arrays,
     )  # fmt: skip
-
-
-def _value(raw: list[Any]) -> Value:
-    return (raw[0], None if raw[1] is None else tuple(raw[1]))
 
 
 def read(raw: Mapping[str, Any], where: str) -> Problem:

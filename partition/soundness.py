@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from partition.chain import reduced
 from partition.errors import InfeasibleError, NameUnknownError, PlacementError
 from partition.problem import OBJECTIVES, Problem, hold_limits
 from partition.units import size
+
+_MANY = 200
+"""Pins of a set that are tried to be left out."""
 
 
 def hold_sound(problem: Problem) -> None:
@@ -65,7 +70,7 @@ def _pins(problem: Problem) -> None:
         if not np.isfinite(problem.seconds[n, m]):
             raise PlacementError(f"{problem.names[n]} is pinned to {problem.meshes[m]}, which cannot run it", where="problem.pins", mend="pin it elsewhere")
     if found := conflict(problem):
-        pins, why = found
+        pins, why = _fewest(problem, *found)
         told = [f"{problem.names[n]} to {problem.meshes[problem.pins[n]]}" for n in pins[:6]]
         raise PlacementError(f"pins contradict each other: {', '.join(told)}{f' and {len(pins) - 6} more' if len(pins) > 6 else ''}; {why}", where="problem.pins", mend="take one of them away")
 
@@ -82,6 +87,15 @@ def conflict(problem: Problem) -> tuple[tuple[int, ...], str] | None:
             if f.src in pins and d in pins and not problem.beta[pins[f.src], pins[d]] > 0:
                 return (f.src, d), "no link joins the two"
     return _crowded(problem) or (_circle(problem) if problem.contiguous else None)
+
+
+def _fewest(problem: Problem, pins: tuple[int, ...], why: str) -> tuple[tuple[int, ...], str]:
+    """Of pins that contradict each other, those without any one of which they would not."""
+    for n in pins[: _MANY if len(pins) > 2 else 0]:
+        fewer = dataclasses.replace(problem, pins={k: problem.pins[k] for k in pins if k != n})
+        if (found := conflict(fewer)) is not None:
+            return _fewest(problem, *found)
+    return pins, why
 
 
 def _crowded(problem: Problem) -> tuple[tuple[int, ...], str] | None:

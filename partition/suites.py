@@ -61,7 +61,7 @@ def layered(n: int, seed: int, counts: Sequence[int] = (4,), width: int = 4) -> 
     rng, edges = np.random.default_rng(seed), dict[int, list[int]]()
     for i in range(width, n):
         first = (i // width - 1) * width
-        for s in rng.choice(width, size=int(rng.integers(1, 4)), replace=False):
+        for s in rng.choice(width, size=min(width, int(rng.integers(1, 4))), replace=False):
             edges.setdefault(first + int(s), []).append(i)
     return _random(edges, n, rng, counts)
 

@@ -156,7 +156,7 @@ def test_the_verbs(tmp_path: Path) -> None:
     (("bench",), 2, "--suite v1"), (("bench", "none.json"), 2, "cannot be read"), (("bench", "--suite", "v9"), 2, "no suite called"),
     (("plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--limit", "beauty=1"), 2, "no limit called"), (("plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--ttft", "soon"), 2, "no limit of ttft"),
     (("plan", "tiny", "--prompt", "8", "--new-tokens", "4", "--policy", "portfolio", "--ttft", "1 ns"), 3, "ttft is"),
-    (("bench", "--suite", "v1", "--seconds", "0"), 0, "cannot run for 0 s"),
+    (("bench", "--suite", "v1", "--seconds", "0"), 0, "cannot run for 0 s"), (("bench", "--suite", "v1", "--jobs", "0"), 2, "0 processes cannot run"),
 ])  # fmt: skip
 def test_wrong_use(args: tuple[str, ...], code: int, says: str) -> None:
     done = run(*args)

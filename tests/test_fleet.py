@@ -48,6 +48,13 @@ def test_a_fleet_by_hand() -> None:
     assert sum(fleet(slower, placement, rate).copies) > sum(found.copies)  # the link is then what is busy
 
 
+def test_ends_of_the_load() -> None:
+    problem, _ = posed("trn2_efa_cs3")
+    placement = place(problem, "phase_split")
+    assert all(k == (b > 0) for k, b in zip(fleet(problem, placement, 1e-9).copies, evaluate(problem, placement).busy, strict=True))
+    assert wait(10_001 * 0.995, 1.0, 10_001) == pytest.approx(wait(9_999 * 0.995, 1.0, 9_999), rel=0.01) and wait(8e8, 1.0, 10**9) == 0.0
+
+
 def test_what_is_no_load() -> None:
     problem, _ = posed()
     placement = place(problem, "single")

@@ -178,6 +178,8 @@ def test_a_policy_that_never_ends_is_stopped_with_its_best() -> None:
     (lambda p: {"pins": {0: 9}}, "pinned to mesh 9"),
     (lambda p: {"together": ((0, 1),), "pins": {0: 0, 1: 1}}, "they must share a mesh"),
     (lambda p: {"pins": {0: 0, 1: 0, 2: 0, 4: 1}, "capacity": p.resident.max(axis=1)[:3].sum() - 1e-6 + 0 * p.capacity}, "pins contradict each other: node 0 to kind0.0, node 1 to kind0.0, node 2 to kind0.0; they need"),
+    (lambda p: {"pins": {0: 0, 1: 0, 2: 0}, "residents": (), "resident": np.zeros((0, 4)), "activation": np.array([0.3, 0.9, 1.1, 0, 0, 0])[:, None] + np.zeros((1, 4)), "capacity": np.ones(4)},
+     "pins contradict each other: node 2 to kind0.0; they need"),
     (lambda p: {"pins": {0: 0, 2: 1, 5: 0}, "contiguous": True}, "node 0 to kind0.0, node 2 to kind0.1, node 5 to kind0.0; meshes would stand before each other"),
     (lambda p: {"pins": {0: 0, 1: 1, 4: 0}, "ports": None, "beta": np.diag([np.inf] * len(p.meshes))}, "node 0 to kind0.0, node 1 to kind0.1; no link joins"),
     (lambda p: {"seconds": np.full_like(p.seconds, np.inf)}, "no mesh can run"),
@@ -302,3 +304,30 @@ def test_cpsat_without_ortools(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlacementError, match="needs ortools") as caught:
         POLICIES["cpsat"](suites.chain(6, 0))
     assert "partition-planner[cpsat]" in caught.value.mend
+
+
+@pytest.mark.parametrize("name", ["ideal_dp", "order_dp", "cpsat", "milp", "portfolio"])
+def test_pins_and_an_order_go_together(name: str) -> None:
+    if name == "cpsat":
+        pytest.importorskip("ortools", reason="ortools is an extra")
+    for seed in range(6):
+        problem = suites.chain(4, seed, (1, 1))
+        problem = dataclasses.replace(problem, pins={3: 0}, contiguous=True, capacity=problem.capacity * 0.75)
+        best = evaluate(problem, POLICIES["exhaustive"](problem)).throughput
+        assert evaluate(problem, pipeline.place(problem, name)).throughput == pytest.approx(best, rel=1e-6)
+
+
+def test_cpsat_needs_no_start() -> None:
+    pytest.importorskip("ortools", reason="ortools is an extra")
+    problem = suites.layered(5, 0, (3,))
+    problem = dataclasses.replace(problem, capacity=problem.capacity * 0.7, contiguous=True)
+    assert evaluate(problem, pipeline.place(problem, "cpsat")).throughput == pytest.approx(evaluate(problem, pipeline.place(problem, "ideal_dp")).throughput)
+
+
+def test_bounds_where_nothing_can_run_or_nothing_runs() -> None:
+    problem = dataclasses.replace(suites.chain(3, 1, (1, 1)), seconds=np.array([[1, np.inf], [np.inf, 1], [1, 1.0]]), together=((0, 1),))
+    assert lower_bound(problem).score == 0.0
+    idle = dataclasses.replace(suites.chain(3, 1, (1, 1)), times=np.array([0, 0, 1]), objective="e2e")
+    assert lower_bound(idle).score <= evaluate(idle, POLICIES["exhaustive"](idle)).e2e
+    never = dataclasses.replace(suites.chain(3, 1, (1, 1)), seconds=np.array([[1, np.inf], [1, 1], [1, 1.0]]), times=np.array([0, 1, 1]), contiguous=True)
+    assert pipeline.place(never, "order_dp").mesh.tolist() == pipeline.place(never, "exhaustive").mesh.tolist()

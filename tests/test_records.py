@@ -49,6 +49,8 @@ def test_a_plan_is_a_problem_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("change", "says"), [
     (lambda raw: raw | {"format": "partition problem 9"}, "its format is not"), (lambda raw: raw | {"names": ["a"] * len(raw["names"])}, "two nodes are called 'a'"),
     (lambda raw: raw | {"capacity": [-1.0] * len(raw["capacity"])}, "capacity holds a number below 0"), (lambda raw: raw | {"price": "much"}, "price|convert|float"),
+    (lambda raw: raw | {"workload": {"batch": 0, "trips": 0}}, r"workload\.batch"), (lambda raw: raw | {"workload": {"batch": float("nan"), "trips": 0}}, "not JSON"),
+    (lambda raw: raw | {"together": "x"}, "together"), (lambda raw: raw | {"ports": [None] * 3}, r"ports\.0"), (lambda raw: raw | {"more": 1}, "more"),
     (lambda raw: raw | {"flows": [raw["flows"][0] | {"src": 99}]}, r"flows\[0\] names a node"), (lambda raw: {k: v for k, v in raw.items() if k != "seconds"}, "seconds"),
     (lambda raw: raw | {"flows": [raw["flows"][0] | {"src": 5, "dst": [1]}, *raw["flows"]]}, "wait for each other|stands before"),
 ])  # fmt: skip

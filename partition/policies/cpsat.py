@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,33 +36,39 @@ def cpsat(problem: Problem, *, limit: float = 120.0, seed: int = 0) -> Placement
     except ImportError:
         raise PlacementError("cpsat needs ortools, which is not installed", where="policy cpsat", mend="pip install 'partition-planner[cpsat]'") from None
     first = staged(problem)
-    if first is None:
-        raise InfeasibleError("no ordered stages fit along the orders that were tried", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
-    start = first.chain.placed(first.stages)
-    chain = reduced(problem, best=first.value)
+    chain = reduced(problem, best=first.value if first is not None else float("inf"))
     if len(chain) * sum(chain.counts) > _LARGEST:
         raise PlacementError(f"{len(chain)} groups in {sum(chain.counts)} stages are too many", where="policy cpsat", mend="use the policy 'order_dp'")
-    made = _Model(cp_model, chain, first.value)
-    made.hint(first, start)
-    solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds, solver.parameters.random_seed = limit, seed
-    status = solver.solve(made.model)
-    bound = first.value * min(1.0, max(0.0, solver.best_objective_bound) / _SCALE) * (1 - 1e-9)
-    best = start
-    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    whole = float(np.where(np.isfinite(chain.work), chain.work, 0.0).max(axis=1).sum()) + 2 * sum(c.cost for c in chain.crossings) * float(chain.port.max())
+    upper = first.value if first is not None else max(whole, 1e-30)
+    best, bound = None if first is None else first.chain.placed(first.stages), 0.0
+    for rounding in (np.floor, np.ceil):  # rounded down, what is proved holds; rounded up, what is found fits
+        made = _Model(cp_model, chain, upper, rounding)
+        if first is not None and best is not None:
+            made.hint(first, best)
+        solver = cp_model.CpSolver()
+        solver.parameters.max_time_in_seconds, solver.parameters.random_seed = limit, seed
+        status = solver.solve(made.model)
+        if rounding is np.floor:
+            bound = upper * min(1.0, max(0.0, solver.best_objective_bound) / _SCALE) * (1 - 1e-9)
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            break
         found = chain.placed(made.stages(solver))
         try:  # residents that several groups share are not in the model: its bound stays one
             verify(problem, found)
-            best = min((start, found), key=lambda p: scored(problem, evaluate(problem, p)))
         except InfeasibleError:
-            pass
+            continue
+        best = found if best is None else min((best, found), key=lambda p: scored(problem, evaluate(problem, p)))
+        break
+    if best is None:
+        raise InfeasibleError("no ordered stages fit", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
     return best if not problem.contiguous else dataclasses.replace(best, bound=(-problem.workload.tokens / max(bound, 1e-30), "ordered stages (CP-SAT)"))
 
 
 class _Model:
     """y[v][b]: "v stands in stage b or before"; z[b][k]: "stage b is of kind k"; what passes is given out and taken in."""
 
-    def __init__(self, cp: Any, chain: Chain, upper: float):
+    def __init__(self, cp: Any, chain: Chain, upper: float, rounding: Callable[[np.ndarray], np.ndarray]):
         self.model, self.chain, self.count = cp.CpModel(), chain, sum(chain.counts)
         model, stages, kinds = self.model, range(self.count), range(len(chain.kinds))
         per = _SCALE / max(upper, 1e-300)
@@ -87,7 +94,7 @@ class _Model:
                 load = sum(w * x for w, x in zip(work, inside, strict=True) if w) + sum(c * var for var, c in waits if c)
                 model.add(load <= longest).only_enforce_if(self.z[b][k])
                 if np.isfinite(room := float(chain.capacity[k])) and chain.size[:, k].sum() > room:
-                    held = [int(np.floor(s / room * _SCALE)) for s in chain.size[:, k]]
+                    held = [int(s) for s in rounding(chain.size[:, k] / room * _SCALE)]
                     model.add(sum(s * x for s, x in zip(held, inside, strict=True) if s) <= _SCALE).only_enforce_if(self.z[b][k])
         model.minimize(longest)
 

@@ -27,7 +27,7 @@ def every(chain: Chain) -> np.ndarray:
 def ideal_dp(problem: Problem) -> Placement:
     """Place a problem in the best of all ordered stages.
 
-    Exact for the longest load where values pass through a host and nothing is pinned; for a sum, of the stages one after the other; where values cross
+    Exact for the longest load where values pass through a host; for a sum, of the stages one after the other; where values cross
     links, as good as what `order_dp` holds stages to cost. O(ideals^2 x counts of meshes used), the ideals being those that the value of `order_dp`
     leaves. Raises PlacementError where they are too many, InfeasibleError where nothing fits. Source: Tarnawski et al., NeurIPS 2020; the reductions
     are those of `chain`.
