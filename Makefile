@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 FOREIGN := .venv-foreign-$(VERSION)
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-all parity foreign lint bench
+.PHONY: demo test test-all parity foreign lint bench fuzz
 demo: $(STAMP)
 	$(BIN)/partition demo
 
@@ -42,6 +42,11 @@ else
 	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check --no-deps google-tunix==0.1.7 google-metrax==0.2.4 qwix==0.1.8 dantinox==0.4.14
 endif
 	@touch $@
+
+# ten thousand random programs, cut anywhere; a few hours on two cores (CASES=500 for a few minutes)
+CASES ?= 10000
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check partition models tests benchmarks

@@ -165,10 +165,15 @@ def check_command(
     trips: Trips = None, as_json: AsJson = False, default_options: Annotated[bool, typer.Option("--default-options", help="compile with XLA's defaults instead of the strict ones")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json-file", help="write the verdict as JSON")] = None,  # noqa: UP045
     junit: Annotated[Optional[Path], typer.Option("--junit", help="write the verdict as JUnit XML")] = None,  # noqa: UP045
-    sharding: Sharding = "search", sets: Sets = None,
+    sharding: Sharding = "search", sets: Sets = None, oracle: Annotated[bool, typer.Option("--oracle", help="hold both against float64, too")] = False,
+    target: Annotated[bool, typer.Option("--target", help="what would the arithmetic of the devices do?")] = False,
+    wire: Annotated[Optional[list[str]], typer.Option("--wire", help="with --target: formats in which values may cross; bfloat16 and float8_e4m3 unless told")] = None,  # noqa: UP045
+    against: Annotated[Optional[Path], typer.Option("--against", help="a recorded run that the outputs may not drift from")] = None,  # noqa: UP045
+    accept: Annotated[Optional[str], typer.Option("--accept", help="with --against: record this run anew, for this reason")] = None,  # noqa: UP045
+    budget: Annotated[Optional[float], typer.Option("--budget", help="with --against: how far floats may move, as a share of their rms", min=0)] = None,  # noqa: UP045
 ) -> None:  # fmt: skip
     """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
-    from partition import equivalence, execution, reporting
+    from partition import equivalence, execution, numerics, reporting
     from partition.pipeline import writable, write
 
     writable(*(file.parent for file in (json_file, junit) if file is not None))
@@ -178,16 +183,42 @@ def check_command(
         runner = execution.prepare(made.stages, strict=not default_options, progress=say)
         say("run cut and uncut, compare")
         try:
-            verdict, code = equivalence.check(made.stages, *args, strict=not default_options, runner=runner), ExitCode.OK
+            verdict, code = equivalence.check(made.stages, *args, strict=not default_options, oracle=oracle, runner=runner), ExitCode.OK
         except EquivalenceError as error:
             verdict, code = error.verdict, ExitCode.MISMATCH  # type: ignore[assignment]
-    raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "versions": dict(made.versions)} | dataclasses.asdict(verdict), indent=1, default=str)
+        found = numerics.effects(made.stages, *args, wires=wire or ("bfloat16", "float8_e4m3"), progress=say) if target or wire else ()
+    if found:
+        verdict = dataclasses.replace(verdict, target=numerics.summary(found))
+    drifted = _drift(made.title, runner(*args), against, accept, budget) if against is not None and code is ExitCode.OK else []
+    code = ExitCode.MISMATCH if drifted else code
+    raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "versions": dict(made.versions), "effects": [dataclasses.asdict(e) for e in found], "drift": drifted} | dataclasses.asdict(verdict), indent=1, default=str)
     print(raw if as_json else verdict)
+    if found and not as_json:
+        print(numerics.effects_text(found))
     if json_file is not None:
         write(json_file.parent, {json_file.name: raw})
+    if drifted and not as_json:
+        print("\n".join(drifted))
     if junit is not None:
         write(junit.parent, {junit.name: reporting.junit(made.title, verdict)})
     raise typer.Exit(code)
+
+
+def _drift(title: str, result: Any, against: Path, accept: str | None, budget: float | None) -> list[str]:
+    """How a run drifted from a recorded one; empty where it did not, or was recorded anew."""
+    from partition import baselines
+
+    if accept is not None or not against.exists():
+        if accept is None:
+            raise PartitionError("there is no recorded run yet", where=str(against), mend="record this one: --accept 'why it is right'")
+        baselines.save(baselines.recorded(title, result, reason=accept), against)
+        print(f"recorded {against}: {accept}", file=sys.stderr)
+        return []
+    old = baselines.load(against)
+    moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(baselines.BUDGET, budget))
+    if not moved:
+        return []
+    return [f"DRIFTED from {against} ({old['title']}; taken as right because: {old['reason']})", *(f"  {m}" for m in moved), *(f"  since then {c}" for c in changed)]
 
 
 @app.command("validate")

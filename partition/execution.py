@@ -22,10 +22,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from partition import _jax
+from partition._jax.lifting import floats
 from partition._jax.rewriting import unconstrained, wide_sums
 from partition.dispatch import Walk
 from partition.errors import ExecutionError, told
 from partition.graph import OPAQUE, Value, bodies
+from partition.hardware import Precision
+from partition.precision import scaled, targeted, wire_bytes
 from partition.program import Program
 from partition.sharding import Layout, Split, layout, narrowed
 from partition.stages import Stage, Stages
@@ -102,10 +105,19 @@ def _spec(mesh: Mesh, split: Split | None, shape: Sequence[int]) -> PartitionSpe
     return PartitionSpec(*spec)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """In which arithmetic stages are to compute: the precision of stages by number, and the format in which floats cross (None: their own)."""
+
+    stages: Mapping[int, Precision]
+    wire: str | None = None
+
+
 class Runner:
     """Compiled stages of a cut program. `load(*args)` places weights and inputs; `run(loaded)` computes; calling does both."""
 
-    def __init__(self, stages: Stages, *, strict: bool = True, alone: bool = False, progress: Callable[[str], None] | None = None):
+    def __init__(self, stages: Stages, *, strict: bool = True, alone: bool = False, target: Target | None = None, progress: Callable[[str], None] | None = None):
+        self.target = target
         self.stages, self.program = stages, stages.program
         self.lowered = self.program.entry.lowered
         self.tensors = self.program.graph.tensors
@@ -148,7 +160,7 @@ class Runner:
             ins = tuple(self.sharding(v, stage.mesh) for v in stage.inputs)
             outs = tuple(self.sharding(v, stage.mesh) for v in stage.outputs)
             text = hashlib.sha256(str(inner).encode()).hexdigest()
-            key = (text, stage.mesh, stage.donated, ins, outs)
+            key = (text, stage.mesh, stage.donated, ins, outs, self.target.stages.get(stage.id) if self.target is not None else None)
             if key not in seen:
                 seen[key] = self._build(stage, inner, ins, outs)
             self.compiled[stage.id] = seen[key]
@@ -158,6 +170,8 @@ class Runner:
         shared = self.meshes[stage.mesh].size > 1
         own = unconstrained(stage.jaxpr)
         fn = _jax.as_function(wide_sums(own) if shared else own)
+        if self.target is not None and (precision := self.target.stages.get(stage.id)) is not None:
+            fn = targeted(own, precision)
         jitted = jax.jit(fn, in_shardings=tuple(ins), out_shardings=list(outs), donate_argnums=stage.donated, compiler_options=self.options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
@@ -231,7 +245,10 @@ class _Computer:
         return out
 
     def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
-        self.moved.append(Moved(value=value, src=src, dst=dst, nbytes=array.nbytes))
+        nbytes = array.nbytes
+        if self.runner.target is not None and (form := self.runner.target.wire) is not None and floats(array):
+            nbytes, array = min(nbytes, wire_bytes(array, form)), scaled(array, form).astype(array.dtype)
+        self.moved.append(Moved(value=value, src=src, dst=dst, nbytes=nbytes))
         return jax.device_put(array, self.runner.sharding(value, dst))
 
     def rows(self, array: Any, start: int, stop: int) -> Any:
@@ -275,10 +292,10 @@ def _bind(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
     return dict(zip(program.graph.inputs, leaves, strict=True))
 
 
-def prepare(stages: Stages, *, strict: bool = True, alone: bool = False, progress: Callable[[str], None] | None = None) -> Runner:
+def prepare(stages: Stages, *, strict: bool = True, alone: bool = False, target: Target | None = None, progress: Callable[[str], None] | None = None) -> Runner:
     """Compile every stage ahead of time. strict: under the options that keep a cut bit-exact. alone: on one host device for each mesh, so that nothing is
-    sharded. Raises ExecutionError."""
-    return Runner(stages, strict=strict, alone=alone, progress=progress)
+    sharded. target: in the arithmetic of devices (see `precision`). Raises ExecutionError."""
+    return Runner(stages, strict=strict, alone=alone, target=target, progress=progress)
 
 
 def run(stages: Stages, *args: Any) -> Any:

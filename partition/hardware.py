@@ -135,12 +135,34 @@ class Streaming:
     packs: bool = False
 
 
+FORMATS = ("program", "float32", "float16", "bfloat16", "cbfloat16", "float8_e4m3", "float8_e4m3fn", "float8_e5m2")
+"""Formats of floats that devices compute in: "program" is what the program says, cbfloat16 has 6 bits of exponent and 9 of mantissa, float8_e4m3
+reaches 240 and float8_e4m3fn 448."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """In which formats a device computes (see `precision.FORMATS`). multiply: what operands of contractions are rounded to; accumulate: how their
+    products are summed; result: what every result is rounded to. "program": the type that the program says.
+
+    float8: the format that this device has for 8 bits. kind and source: how this is known.
+    """
+
+    multiply: str = "program"
+    accumulate: str = "float32"
+    result: str = "program"
+    float8: str = "float8_e4m3fn"
+    kind: str = "assumed"
+    source: str = ""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """One chip, wafer or GPU. How its contractions cost what they cost, a `region`, `systolic` or `streaming` says; without, a plain roofline.
 
     peak: dense FLOP/s by dtype. compute_efficiency, memory_efficiency: the share of peak and of bandwidth that large ops reach.
     contraction_latency [s]: the fixed time of one contraction (launch, fabric hops), which no roofline shows. price [$/s], power [W].
+    precision: in which formats it computes, None where it computes as the program says, summing in float32.
     """
 
     name: str
@@ -155,6 +177,7 @@ class Device:
     region: Region | None = None
     systolic: Systolic | None = None
     streaming: Streaming | None = None
+    precision: Precision | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,22 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from partition import units
 from partition.errors import NameUnknownError, ProfileError
-from partition.hardware import TOPOLOGIES, Cluster, Device, Edge, Kind, Link, Memory, Mesh, Quantity, Region, Streaming, Systolic
+from partition.hardware import (
+    FORMATS,
+    TOPOLOGIES,
+    Cluster,
+    Device,
+    Edge,
+    Kind,
+    Link,
+    Memory,
+    Mesh,
+    Precision,
+    Quantity,
+    Region,
+    Streaming,
+    Systolic,
+)
 
 _SAID = {"bytes": "number of bytes"}
 """What a dimension is called after "a", where not by its name."""
@@ -107,12 +122,21 @@ def _schema(of: type[Any]) -> type[_Strict]:
             fields[field.name] = (_schema(_WITHIN[field.name]), ...) if needed else (_schema(_WITHIN[field.name]) | None, None)
         elif field.name == "peak":
             fields[field.name] = (Annotated[dict[str, _quantity("compute")], BeforeValidator(_known_dtypes), Field(min_length=1)], ...)  # type: ignore[misc]
+        elif of is Precision:  # a format that is known, how it is known, and from where
+            known = {"kind": Kind, "source": Name}.get(field.name, Annotated[str, AfterValidator(_format)])
+            fields[field.name] = (known, ... if field.name in ("kind", "source") else field.default)
         else:
             fields[field.name] = (Name, ...) if needed else (type(field.default), field.default)
     return create_model(f"_{of.__name__}", __base__=_Strict, **fields)
 
 
-_WITHIN: dict[str, type[Any]] = {"memory": Memory, "region": Region, "systolic": Systolic, "streaming": Streaming}
+def _format(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"no format is called {name!r}; known: {', '.join(FORMATS)}")
+    return name
+
+
+_WITHIN: dict[str, type[Any]] = {"memory": Memory, "region": Region, "systolic": Systolic, "streaming": Streaming, "precision": Precision}
 MODELS = ("region", "systolic", "streaming")
 """The tables of a device that say how its contractions cost what they cost; at most one of them stands in a profile."""
 

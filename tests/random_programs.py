@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 ROWS, COLS = 4, 8
 Pool = list[tuple[Any, bool]]
@@ -119,6 +120,14 @@ class Drawer:
         made = jax.lax.conv_general_dilated(x.T[None], kernel, (1,), "SAME", feature_group_count=COLS)
         return jnp.tanh(made[0].T), n
 
+    def rare(self, pool: Pool, depth: int) -> tuple[Any, bool]:
+        """One of the primitives that models seldom use. What jumps (rounding, comparing, bits) is applied to arguments alone."""
+        x, n = self.pick(pool)
+        smooth = self.r.random() < 0.5
+        name = self.r.choice(sorted(SMOOTH if smooth else JUMPING))
+        made = SMOOTH[name](x) if smooth else JUMPING[name](self.table[:ROWS], (self.table[:ROWS] * 8).astype(jnp.int32), self.key)
+        return jnp.tanh(jnp.nan_to_num(jnp.asarray(made, jnp.float32), posinf=1.0, neginf=-1.0).reshape(ROWS, COLS)) + 0.5 * x, n
+
     # --- what holds other programs
     def call(self, pool: Pool, depth: int) -> tuple[Any, bool]:
         x, n = self.pick(pool)
@@ -172,7 +181,76 @@ class Drawer:
         return jax.lax.switch(which, [arm(0), arm(1)], x), True
 
 
-LEAVES = ["matmul", "attend", "elementwise", "reduce", "look_up", "sort", "update", "shuffle", "narrow", "noise", "convolve"]
+def _barred(x: Any) -> Any:
+    return jax.lax.optimization_barrier(x) * 2
+
+
+def _grouped(x: Any) -> Any:
+    return jax.lax.ragged_dot(x, jnp.stack([x.T @ x, 0.5 * x.T @ x]), jnp.array([1, 3], jnp.int32))
+
+
+def _windows(how: Any, unit: Any) -> Callable[[Any], Any]:
+    return lambda x: jax.lax.reduce_window(x, unit, how, (1, 3), (1, 1), "SAME")
+
+
+def _scattered(how: Any) -> Callable[[Any], Any]:
+    numbers = jax.lax.ScatterDimensionNumbers(update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0,))
+    return lambda x: how(x, jnp.array([[2], [0]], jnp.int32), 0.5 * x[:2] + 1, numbers)
+
+
+def _spread(x: Any) -> Any:
+    return jax.grad(lambda v: jax.lax.reduce_window(v, -jnp.inf, jax.lax.max, (1, 2), (1, 2), "VALID").sum())(x)
+
+
+SMOOTH: dict[str, Callable[[Any], Any]] = {
+    "acos": lambda x: jnp.arccos(0.9 * jnp.tanh(x)), "acosh": lambda x: jnp.arccosh(1.5 + x * x), "asin": lambda x: jnp.arcsin(0.9 * jnp.tanh(x)), "asinh": jnp.arcsinh, "atan": jnp.arctan,
+    "atan2": lambda x: jnp.arctan2(x, 1 + x * x), "atanh": lambda x: jnp.arctanh(0.9 * jnp.tanh(x)), "cbrt": lambda x: jnp.cbrt(1 + x * x), "cosh": jnp.cosh, "sinh": jnp.sinh,
+    "tan": lambda x: jnp.tan(0.5 * jnp.tanh(x)), "erf": jax.lax.erf, "erfc": jax.lax.erfc, "erf_inv": lambda x: jax.lax.erf_inv(0.9 * jnp.tanh(x)), "exp2": lambda x: jax.lax.exp2(jnp.tanh(x)),
+    "expm1": lambda x: jnp.expm1(jnp.tanh(x)), "log1p": lambda x: jnp.log1p(x * x), "log": lambda x: jnp.log(1 + x * x), "log2": lambda x: jnp.log2(1 + x * x), "logistic": jax.nn.sigmoid,
+    "lgamma": lambda x: jax.lax.lgamma(1 + x * x), "digamma": lambda x: jax.lax.digamma(1 + x * x), "igamma": lambda x: jax.lax.igamma(1 + x * x, 1 + jnp.abs(x)),
+    "igammac": lambda x: jax.lax.igammac(1 + x * x, 1 + jnp.abs(x)), "polygamma": lambda x: jax.lax.polygamma(jnp.ones_like(x), 1 + x * x), "pow": lambda x: jnp.power(1 + x * x, 0.3), "integer_pow": lambda x: jax.lax.integer_pow(x, 3), "square": jax.lax.square,
+    "abs": jnp.abs, "neg": lambda x: -x, "min": lambda x: jnp.minimum(x, 0.3), "clamp": lambda x: jax.lax.clamp(-0.5, x, 0.5), "exp": lambda x: jnp.exp(jnp.tanh(x)), "cos": jnp.cos,
+    "cumprod": lambda x: jnp.cumprod(1 + 0.1 * jnp.tanh(x), 1), "cummax": lambda x: jax.lax.cummax(x, 1), "cummin": lambda x: jax.lax.cummin(x, 0), "cumlogsumexp": lambda x: jax.lax.cumlogsumexp(x, 1),
+    "reduce_prod": lambda x: x * jnp.prod(1 + 0.1 * jnp.tanh(x), 1, keepdims=True), "reduce_min": lambda x: x - x.min(1, keepdims=True), "reduce_precision": lambda x: jax.lax.reduce_precision(x, 8, 23),
+    "complex": lambda x: (jax.lax.complex(x, 0.5 * x) * jnp.conj(jax.lax.complex(x, x))).real, "imag": lambda x: jnp.imag(jax.lax.complex(x, 2 * x)), "rev": lambda x: x[:, ::-1], "split": lambda x: jax.lax.split(x, (3, 5), axis=1)[1].sum(1, keepdims=True) + x,
+    "stop_gradient": jax.lax.stop_gradient, "optimization_barrier": _barred, "dynamic_slice": lambda x: jax.lax.dynamic_slice(x, (1, 0), (2, COLS)).sum(0) + x, "tile": lambda x: jax.lax.tile(x[:2], (2, 1)),
+    "transpose": lambda x: jnp.transpose(x.reshape(2, 2, COLS), (1, 0, 2)), "reduce_window_sum": _windows(jax.lax.add, 0.0), "reduce_window_max": _windows(jax.lax.max, -np.inf),
+    "reduce_window": lambda x: jax.lax.reduce_window(x, 1.0, lambda a, b: a * b * 1.0, (1, 2), (1, 1), "SAME"), "reduce": lambda x: jax.lax.reduce(x, 0.0, lambda a, b: a + b * 1.0, (1,))[:, None] + x,
+    "scatter": _scattered(jax.lax.scatter), "scatter_mul": _scattered(jax.lax.scatter_mul), "scatter_min": _scattered(jax.lax.scatter_min), "scatter_max": _scattered(jax.lax.scatter_max),
+    "select_and_scatter_add": _spread, "ragged_dot_general": _grouped, "add_any": jax.grad(lambda v: (v * jnp.sin(v)).sum()), "stack": lambda x: jnp.stack([x[:2], x[2:]]), "copy": lambda x: jnp.array(x, copy=True),
+    "name": lambda x: checkpoint_name(x, "kept"), "squeeze": lambda x: jnp.squeeze(x[None], 0), "expand_dims": lambda x: jnp.expand_dims(x, 0), "is_finite": lambda x: jnp.where(jnp.isfinite(x), x, 0.0),
+    "concatenate": lambda x: jnp.concatenate([x[2:], x[:2]]), "unstack": lambda x: jnp.stack(jax.numpy.unstack(x, axis=0)[::-1]),
+}  # fmt: skip
+"""Primitives on any values."""
+
+JUMPING: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "floor": lambda t, i, k: jnp.floor(4 * t), "ceil": lambda t, i, k: jnp.ceil(4 * t), "round": lambda t, i, k: jax.lax.round(4 * t), "sign": lambda t, i, k: jnp.sign(t), "rem": lambda t, i, k: jax.lax.rem(t, 0.3 + 0 * t),
+    "nextafter": lambda t, i, k: jnp.nextafter(t, t + 1), "eq": lambda t, i, k: i == 3, "ne": lambda t, i, k: i != 3, "ge": lambda t, i, k: t >= 0.2, "le": lambda t, i, k: t <= 0.2, "gt": lambda t, i, k: t > 0.1, "lt": lambda t, i, k: t < 0.1,
+    "and": lambda t, i, k: (i & 5) * 0.1, "or": lambda t, i, k: (i | 5) * 0.1, "xor": lambda t, i, k: (i ^ 5) * 0.1, "not": lambda t, i, k: (~i) * 0.1, "shift_left": lambda t, i, k: (i << 1) * 0.1,
+    "shift_right_arithmetic": lambda t, i, k: (i >> 1) * 0.1, "shift_right_logical": lambda t, i, k: jax.lax.shift_right_logical(i, jnp.full_like(i, 28)) * 0.1, "population_count": lambda t, i, k: jax.lax.population_count(i) * 0.1,
+    "clz": lambda t, i, k: jax.lax.clz(i) * 0.1, "bitcast_convert_type": lambda t, i, k: (jax.lax.bitcast_convert_type(t, jnp.int32) & 255) * 0.01, "argmin": lambda t, i, k: jnp.argmin(t, 1)[:, None] + t,
+    "reduce_and": lambda t, i, k: jnp.all(t > -3, 1)[:, None] + t, "reduce_or": lambda t, i, k: jnp.any(t > 1, 1)[:, None] + t, "reduce_xor": lambda t, i, k: jax.lax.reduce_xor(i, axes=(1,))[:, None] * 0.1 + t,
+    "approx_top_k": lambda t, i, k: jax.lax.approx_max_k(t, 2)[0].sum(1)[:, None] + t, "searchsorted": lambda t, i, k: jnp.searchsorted(jnp.arange(8) * 0.2, t) * 0.1, "random_bits": lambda t, i, k: (jax.random.bits(k, (ROWS, COLS)) & 255) * 0.01,
+    "random_split": lambda t, i, k: jax.random.normal(jax.random.split(k)[1], (ROWS, COLS)), "random_gamma": lambda t, i, k: jax.random.gamma(k, 2.0, (ROWS, COLS)), "random_seed": lambda t, i, k: jax.random.normal(jax.random.key(i[0, 0]), (ROWS, COLS)),
+    "random_wrap": lambda t, i, k: jax.random.normal(jax.random.wrap_key_data(jax.random.key_data(k)), (ROWS, COLS)), "random_clone": lambda t, i, k: jax.random.normal(jax.random.clone(k), (ROWS, COLS)),
+    "rng_bit_generator": lambda t, i, k: (jax.lax.rng_bit_generator(jnp.arange(4, dtype=jnp.uint32), (ROWS, COLS))[1] & 255) * 0.01, "threefry2x32": lambda t, i, k: (jax.random.key_data(jax.random.fold_in(k, 3))[0] & 255) * 0.01 + t,
+    "real": lambda t, i, k: jnp.real(jax.lax.complex(t, 2 * t)), "iota": lambda t, i, k: jax.lax.broadcasted_iota(jnp.float32, (ROWS, COLS), 1) * 0.1,
+}  # fmt: skip
+"""Primitives on arguments alone: floats, integers, a key."""
+
+ELSEWHERE = {
+    name: "of several devices: tests of shard_map hold it" for name in ("all_gather", "all_gather_invariant", "all_to_all", "axis_index", "mesh_cast", "pbroadcast", "pmax", "pmin", "ppermute", "psum",
+                                                                        "psum_invariant", "pvary", "reduce_scatter", "reshard", "sharding_constraint")
+} | {
+    name: "an opaque call: test_opaque.py" for name in ("custom_partitioning", "ffi_call", "pallas_call", "pure_callback", "tpu_custom_call")
+} | {
+    name: "no user writes it, or no JAX that is supported makes it" for name in ("SearchSorted", "copy_p", "create_token", "device_put", "dim_as_value", "empty", "polynomial", "scatter_add", "scatter_min", "scatter_max", "scatter_mul", "random_unwrap", "conj", "split", "stack", "unstack",
+                                                                                 "stop_gradient", "searchsorted", "square", "tile", "copy", "expand_dims", "log2", "threefry2x32", "zeta", "bessel_i0e", "bessel_i1e", "igamma_grad_a", "random_gamma_grad",
+                                                                                 "regularized_incomplete_beta", "eq_to", "le_to", "lt_to", "mulhi", "fft")
+}  # fmt: skip
+"""Primitives with a work rule that random programs need not have, and why."""
+
+LEAVES = ["rare", "rare", "matmul", "attend", "elementwise", "reduce", "look_up", "sort", "update", "shuffle", "narrow", "noise", "convolve"]
 INNER = ["call", "layers", "repeat", "branch"]
 LOOPS = ["none", "none", "scan", "scan xs", "scan reverse", "while", "while stop", "fori"]
 

@@ -44,8 +44,8 @@ def _scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
 
 def _callee(eqn: Any) -> Any:
     """The jaxpr of a call that can be inlined, else None."""
-    if eqn.primitive.name in OPAQUE or eqn.primitive.name in ("scan", "while", "cond"):
-        return None
+    if eqn.primitive.name in OPAQUE or eqn.primitive.name in ("scan", "while", "cond", "reduce", "reduce_window"):
+        return None  # of the last two, the jaxpr is what they do with two elements
     held = [eqn.params[k] for k in _CALLEES if k in eqn.params]
     if len(held) != 1:
         return None

@@ -88,23 +88,23 @@ _SCATTERS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-class Float64:
-    """Every float in float64, integers as they were; what a program rounds on purpose it does not round. Needs `jax.enable_x64`.
+def lifted(eqn: Any, given: Sequence[Any], dtype: Any) -> list[Any]:
+    """An equation with its floats in a wider type. Bits of floats, opaque calls and reductions by a jaxpr are computed in the program's own types."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in _SCATTERS:  # what they do with an element is a jaxpr of the program's type
+        kept = {k: params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
+        return [_SCATTERS[name](*given, params["dimension_numbers"], **kept)]
+    if name in OPAQUE or name == "bitcast_convert_type" or any(True for _ in jex.jaxprs_in_params(params)):
+        own = [jnp.asarray(x, v.aval.dtype) if floats(v.aval) else x for x, v in zip(given, eqn.invars, strict=True)]
+        return [jnp.asarray(out, dtype) if floats(v.aval) else out for out, v in zip(bind(eqn, own), eqn.outvars, strict=True)]
+    return bind(eqn, given, **{k: np.dtype(dtype) for k, v in params.items() if isinstance(v, np.dtype) and floats(v)})
 
-    Bits of floats and opaque calls are computed in the program's own types.
-    """
+
+class Float64:
+    """Every float in float64, integers as they were; what a program rounds on purpose it does not round. Needs `jax.enable_x64`."""
 
     def enter(self, value: Any, aval: Any) -> Any:
         return jnp.asarray(value, jnp.float64) if floats(aval) else value
 
     def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
-        name, params = eqn.primitive.name, eqn.params
-        if name in _SCATTERS:  # what they do with an element is a jaxpr of the program's type
-            kept = {k: params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
-            return [_SCATTERS[name](*given, params["dimension_numbers"], **kept)]
-        if name in OPAQUE or name == "bitcast_convert_type" or any(True for _ in jex.jaxprs_in_params(params)):
-            own = [jnp.asarray(x, v.aval.dtype) if floats(v.aval) else x for x, v in zip(given, eqn.invars, strict=True)]
-            return [self.enter(out, v.aval) for out, v in zip(bind(eqn, own), eqn.outvars, strict=True)]
-        if name == "reduce_precision":
-            return [given[0]]
-        return bind(eqn, given, **{k: np.dtype(np.float64) for k, v in params.items() if isinstance(v, np.dtype) and floats(v)})
+        return [given[0]] if eqn.primitive.name == "reduce_precision" else lifted(eqn, given, np.float64)

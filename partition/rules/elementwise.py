@@ -14,7 +14,8 @@ from partition.work import Work, rule
     "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul", "ne", "neg",
     "nextafter", "not", "or", "population_count", "clz", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n",
     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh",
-    "xor", "real", "imag", "complex", "conj", "convert_element_type",
+    "xor", "real", "imag", "complex", "conj", "convert_element_type", "polygamma", "zeta", "bessel_i0e", "bessel_i1e", "igamma_grad_a",
+    "random_gamma_grad", "regularized_incomplete_beta", "eq_to", "le_to", "lt_to", "mulhi",
     fused=True,
 )  # fmt: skip
 def elementwise(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:

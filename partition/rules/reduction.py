@@ -26,6 +26,13 @@ def cumulative(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     return Work(flops=flops, read=sum(t.nbytes for t in ins), written=sum(t.nbytes for t in outs))
 
 
+@rule("fft")
+def fft(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
+    """5 n log2 n real operations a transform of n places (Cooley and Tukey, 1965), through memory once each way."""
+    n = math.prod(op.params["fft_lengths"])
+    return Work(flops={"float32": 5 * outs[0].size * max(math.log2(n), 1.0)}, read=ins[0].nbytes, written=outs[0].nbytes)
+
+
 def _comparisons(op: Op, t: Tensor) -> int:
     """log2 of the length of the dimension that is sorted."""
     length = t.shape[op.params.get("dimension", op.params.get("axis", -1))] if t.shape else 1

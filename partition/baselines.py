@@ -1,0 +1,104 @@
+"""check() over time: a recorded run that today's is held against, so that a new jaxlib or a change that moves cut and uncut together is seen.
+
+A baseline holds no arrays: of each output its statistics, a digest of what is whole, a sample of the floats, and the environment that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from partition._jax import to_numpy
+from partition.errors import OutputError, told
+from partition.pipeline import versions, write
+
+FORMAT = "partition baseline 1"
+BUDGET = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+"""How far a float may move from the recorded one, as a share of the rms of its output, where no budget is given."""
+
+_SAMPLE = 64
+"""Elements of each output that are recorded, evenly spread."""
+
+
+def fingerprint() -> dict[str, str]:
+    """What may move numbers: versions, the processor, the threads."""
+    return versions() | {"machine": platform.machine(), "processor": _processor(), "devices": str(len(jax.devices("cpu")))}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def recorded(title: str, result: Any, *, reason: str) -> dict[str, Any]:
+    """A result as a baseline; reason: why it is taken as right."""
+    leaves = jax.tree_util.tree_flatten_with_path(result)[0]
+    return {"format": FORMAT, "title": title, "reason": reason, "environment": fingerprint(), "outputs": [_output(jax.tree_util.keystr(path) or "result", to_numpy(leaf)) for path, leaf in leaves]}
+
+
+def _output(name: str, a: np.ndarray) -> dict[str, Any]:
+    flat = a.ravel()
+    places = np.unique(np.linspace(0, max(flat.size - 1, 0), min(_SAMPLE, flat.size)).astype(int)) if flat.size else np.zeros(0, int)
+    made: dict[str, Any] = {"name": name, "shape": list(a.shape), "dtype": str(a.dtype)}
+    if "float" not in str(a.dtype):
+        return made | {"sha256": hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest(), "sample": [int(x) for x in flat[places]]}
+    x = a.astype(np.float64)
+    finite = x[np.isfinite(x)]
+    return made | {"invalid": int(x.size - finite.size), "mean": float(finite.mean()) if finite.size else 0.0, "rms": float(np.sqrt((finite**2).mean())) if finite.size else 0.0,
+                   "most": float(np.abs(finite).max(initial=0.0)), "sample": [float(v) if np.isfinite(v) else None for v in x.ravel()[places]]}  # fmt: skip
+
+
+def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] | None = None) -> tuple[list[str], list[str]]:
+    """(how a result moved beyond the budget, what of the environment is another) against a baseline; budget: dtype -> share of the rms."""
+    today = recorded(str(baseline["title"]), result, reason="")
+    moved, allowed = [], {**BUDGET, **(budget or {})}
+    then, now = baseline["outputs"], today["outputs"]
+    if [(o["name"], o["shape"], o["dtype"]) for o in then] != [(o["name"], o["shape"], o["dtype"]) for o in now]:
+        return ["its outputs have other names, shapes or types"], _changed(baseline, today)
+    for old, new in zip(then, now, strict=True):
+        if "sha256" in old:
+            if old["sha256"] != new["sha256"]:
+                first = next((i for i, (a, b) in enumerate(zip(old["sample"], new["sample"], strict=True)) if a != b), None)
+                moved.append(f"{old['name']}: whole numbers (tokens) are others" + ("" if first is None else f", of the recorded ones the {first + 1}. first: {new['sample'][first]}, not {old['sample'][first]}"))
+            continue
+        most, unit = allowed.get(old["dtype"], 0.0), max(old["rms"], 1e-300)
+        pairs = list(zip(old["sample"], new["sample"], strict=True))
+        ways = {"an element": max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0), "its mean": abs(old["mean"] - new["mean"]), "its rms": abs(old["rms"] - new["rms"])}
+        name = max(ways, key=lambda way: ways[way])
+        if ways[name] > most * unit:
+            moved.append(f"{old['name']}: {name} moved by {ways[name] / unit:.2g} of the rms, the budget is {most:g}")
+        if old["invalid"] != new["invalid"] or any((a is None) != (b is None) for a, b in pairs):
+            moved.append(f"{old['name']}: {new['invalid']} values are NaN or infinite, {old['invalid']} were")
+    return moved, _changed(baseline, today)
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    a, b = then["environment"], now["environment"]
+    return [f"{k}: {a.get(k, 'unknown')} -> {b.get(k, 'unknown')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a baseline. Raises OutputError."""
+    try:
+        raw: dict[str, Any] = json.loads(Path(path).read_text())
+        if raw["format"] != FORMAT or not all({"name", "shape", "dtype", "sample"} <= o.keys() for o in raw["outputs"]):
+            raise ValueError(f"its format is not {FORMAT!r}")
+        return raw
+    except Exception as error:  # whatever a file of another form leads to
+        raise OutputError(f"the baseline cannot be read: {told(error)}", where=str(path), mend="record one: partition check ... --against FILE --accept 'why it is right'") from None
+
+
+def save(baseline: Mapping[str, Any], path: str | Path) -> Path:
+    """Write a baseline, whole or not at all. Raises OutputError."""
+    path = Path(path)
+    return write(path.parent, {path.name: json.dumps(baseline, indent=1)}) / path.name
