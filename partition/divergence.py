@@ -44,6 +44,16 @@ def culprit(stages: Stages, record: Record, refs: References, differs: Differs) 
     return None
 
 
+def fickle(program: Program, inputs: Sequence[Any]) -> str | None:
+    """The first equation of the uncut program that gives other numbers when it is run again; None where all give the same."""
+    jaxpr = program.entry.jaxpr
+    found = _first_equation(jaxpr, jaxpr, inputs, {}, lambda a, b: "" if _jax.to_numpy(a).tobytes() == _jax.to_numpy(b).tobytes() else "differs from run to run")
+    if found is None or found[0] < 0:
+        return None
+    eqn = _jax.body_of(jaxpr).eqns[found[0]]
+    return f"{eqn.primitive.name} at {_jax.source(eqn)}" + (f", inside it {found[2]}" if found[2] else "")
+
+
 def misread(stages: Stages) -> str | None:
     """The first equation of a stage that is not the program's own, whatever it computes; None where all are."""
     for stage in stages.all:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from partition import divergence
+from partition import _jax, divergence
+from partition._jax.lifting import Float64, interpreted
+from partition._jax.likeness import unlike
 from partition.dispatch import transfers
 from partition.distances import Choices, Difference, against, choices, compare
-from partition.errors import EquivalenceError
+from partition.errors import EquivalenceError, ExecutionError
 from partition.execution import Record, Runner, _bind, prepare, strict_options, uncut
 from partition.references import References, logits
 from partition.stages import Stage, Stages
@@ -71,13 +75,17 @@ class Verdict:
 
 
 def check(
-    stages: Stages, *args: Any, strict: bool = True, tolerance: Mapping[str, float] | None = None, trips: int = 2, oracle: bool = False, runner: Runner | None = None,
+    stages: Stages | Callable[..., Any], *args: Any, strict: bool = True, tolerance: Mapping[str, float] | None = None, trips: int = 2, oracle: bool = False, runner: Runner | None = None,
 ) -> Verdict:  # fmt: skip
     """Run cut and uncut and compare outputs and stage boundaries (inside a cut token loop: of its first `trips` trips and the last).
 
     strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale, in place of TOLERANCE. oracle: hold both against float64 too.
-    Raises EquivalenceError, with the verdict, where they differ by more than the bound; ExecutionError where they cannot run.
+    `check(reference, candidate, args)` compares two callables instead, for those who partition by their own means.
+    Raises EquivalenceError, with the verdict, where they differ by more than the bound, where every number of an output is NaN, and where the model
+    does not give the same twice; ExecutionError where they cannot run.
     """
+    if not isinstance(stages, Stages):
+        return _two(stages, *args, tolerance=tolerance, oracle=oracle)
     program = stages.program
     runner = runner or prepare(stages, strict=strict)
     loaded = _bind(program, args)
@@ -104,9 +112,50 @@ def check(
         trips=record.trips, planned_trips=stages.problem.workload.trips, seconds=record.seconds,
         options=dict(strict_options()) if strict else {},
     )  # fmt: skip
+    _hold_numbers(outputs, reference)
+    if not equal and (fickle := divergence.fickle(program, [loaded[t] for t in program.graph.inputs])) is not None:
+        raise EquivalenceError("the model does not give the same numbers twice", where=fickle, mend="give it keys as arguments, or take out what changes from run to run")
     if not equal:
         error = EquivalenceError("cut and uncut program differ", where=culprit or "; ".join(str(d) for d in outputs if not d.equal),
                                  mend="look at the op named: its stage, its sharding, or the value that reached it")  # fmt: skip
+        error.verdict = verdict
+        raise error
+    return verdict
+
+
+def _hold_numbers(outputs: Sequence[Difference], reference: Any) -> None:
+    """Raises EquivalenceError for an output without a number: NaN that equals NaN shows nothing."""
+    for d, leaf in zip(outputs, jax.tree_util.tree_leaves(reference), strict=True):
+        if "float" in d.dtype and (array := _jax.to_numpy(leaf)).size and not np.isfinite(array.astype(np.float64)).any() and np.isnan(array.astype(np.float64)).all():
+            raise EquivalenceError(f"every number of output {d.name} is NaN, so nothing is shown", where=f"{d.dtype}{list(d.shape)} of the uncut program", mend="look for the first NaN: jax.config.update('jax_debug_nans', True)")
+
+
+def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tolerance: Mapping[str, float] | None, oracle: bool) -> Verdict:
+    """Two callables on the same arguments."""
+    if not callable(reference) or not callable(candidate) or not isinstance(args, tuple | list) or extra:
+        raise ExecutionError("check takes stages and the arguments of the model, or two callables and a tuple of arguments", where="check(...)", mend="write check(stages, *args) or check(reference, candidate, args)")
+    start = time.perf_counter()
+    want, got = reference(*args), candidate(*args)
+    one, other = jax.tree_util.tree_structure(want), jax.tree_util.tree_structure(got)
+    if str(one) != str(other):
+        raise EquivalenceError("the two give results of other structures", where=f"{str(one)[:80]} and {str(other)[:80]}", mend="let both give the same tree of arrays")
+    outputs, culprit = _compared(want, got, tolerance), None
+    _hold_numbers(outputs, want)
+    if oracle:
+        with jax.enable_x64(True):
+            truth = jax.jit(interpreted(jax.make_jaxpr(reference)(*args), Float64()))(*jax.tree_util.tree_leaves(args))
+        outputs = tuple(against(d, t, a, b) for d, t, a, b in zip(outputs, truth, jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got), strict=True))
+    equal = all(d.equal for d in outputs)
+    if not equal and (found := unlike(jax.make_jaxpr(reference)(*args), jax.make_jaxpr(candidate)(*args))) is not None:
+        way, how = found
+        culprit = f"{way[-1].primitive.name} at {_jax.source(way[-1], (way[0], None))}: the candidate's {how}" if way else how
+    bitwise = equal and all(d.bitwise for d in outputs)
+    verdict = Verdict(
+        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=(), stages=0, moved_bytes=0, planned_bytes=0,
+        trips=None, planned_trips=0, seconds=time.perf_counter() - start, options={},
+    )  # fmt: skip
+    if not equal:
+        error = EquivalenceError("reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the first equation that is another")
         error.verdict = verdict
         raise error
     return verdict

@@ -1,6 +1,7 @@
 """The cut program is the uncut one, for every policy and form; and a planted fault is found and named."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,3 +165,54 @@ def test_too_few_host_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExecutionError, match="need 3 CPU host devices, JAX shows 2") as error:
         Runner(stages)
     assert "host_devices(3)" in error.value.mend
+
+
+def test_two_callables_of_ones_own() -> None:
+    x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+
+    def reference(x: Any) -> Any:
+        return {"a": jnp.tanh(x) @ x.T}
+
+    verdict = check(reference, lambda x: {"a": jnp.tanh(x) @ x.T * 1.0}, (x,), oracle=True)
+    assert verdict.equal and verdict.outputs[0].oracle is not None and verdict.outputs[0].oracle[0] < 1e-6
+    with pytest.raises(EquivalenceError, match=r"tanh at .*test_equivalence.py.*is a sin"):
+        check(reference, lambda x: {"a": jnp.sin(x) @ x.T}, (x,))
+    with pytest.raises(EquivalenceError, match="other structures"):
+        check(reference, lambda x: jnp.tanh(x) @ x.T, (x,))
+    with pytest.raises(ExecutionError, match="two callables"):
+        check(reference, x)  # type: ignore[arg-type]
+
+
+def made(fn: Any, *args: Any) -> Any:
+    program = trace(fn, *args)
+    problem = pose(tag(program), profiles.cluster("cs3_only"), level="op")
+    return cut(program, POLICIES["alternating"](problem))
+
+
+def test_nan_everywhere_shows_nothing() -> None:
+    w, x = np.full((4, 4), np.nan, np.float32), np.ones((2, 4), np.float32)
+    with pytest.raises(EquivalenceError, match="is NaN, so nothing is shown"):
+        check(made(lambda w, x: x @ w, w, x), w, x)
+
+
+def test_a_model_that_is_not_the_same_twice() -> None:
+    count = [0]
+
+    def noise(x: Any) -> Any:
+        count[0] += 1
+        return np.asarray(x) + np.float32(count[0])
+
+    def fn(w: Any, x: Any) -> Any:
+        return jax.pure_callback(noise, jax.ShapeDtypeStruct((2, 4), jnp.float32), jnp.tanh(x @ w))
+
+    w, x = np.eye(4, dtype=np.float32), np.ones((2, 4), np.float32)
+    with pytest.raises(EquivalenceError, match=r"(?s)not give the same numbers twice.*pure_callback at .*test_equivalence.py"):
+        check(made(fn, w, x), w, x)
+
+
+def test_no_tolerance_at_all_is_said_to_be_missed() -> None:
+    w, x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32), np.ones((2, 64), np.float32)
+    stages = made(lambda w, x: jnp.tanh(x @ w) @ w, w, x)
+    assert check(stages, w, x, tolerance={"float32": 0.0}).bitwise  # a cut that changes no bit meets it
+    with pytest.raises(EquivalenceError, match="bound 0 of scale: BEYOND"):
+        check(lambda x: x @ w, lambda x: (x.astype(jnp.float32) @ (w * 3)) / 3, (x,), tolerance={"float32": 0.0})

@@ -1,0 +1,45 @@
+"""Drift: what moved since a run was recorded is seen, within a budget, with what of the environment is another."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from partition import baselines
+from partition.errors import OutputError
+
+RESULT = {"tokens": jnp.arange(10), "logits": jnp.linspace(-1, 1, 300).reshape(3, 100)}
+
+
+def test_the_same_run_does_not_drift(tmp_path: Path) -> None:
+    path = baselines.save(baselines.recorded("a model", RESULT, reason="the first"), tmp_path / "b.json")
+    old = baselines.load(path)
+    assert baselines.drift(old, RESULT) == ([], []) and old["reason"] == "the first" and old["environment"]["jax"]
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"tokens": RESULT["tokens"].at[7].set(3)}, "tokens.*are others, of the recorded ones the 8. first: 3, not 7"), ({"logits": RESULT["logits"] * 1.01}, "logits.*moved by"),
+    ({"logits": RESULT["logits"].at[0, 0].set(jnp.nan)}, "1 values are NaN"), ({"logits": RESULT["logits"][:2]}, "other names, shapes or types"),
+])  # fmt: skip
+def test_what_moved_is_said(change: dict[str, Any], says: str) -> None:
+    import re
+
+    moved, _ = baselines.drift(baselines.recorded("a model", RESULT, reason="x"), RESULT | change)
+    assert moved and re.search(says, " ".join(moved)), moved
+
+
+def test_a_budget_and_another_environment() -> None:
+    old = json.loads(json.dumps(baselines.recorded("a model", RESULT, reason="x")))
+    little = RESULT | {"logits": RESULT["logits"] * 1.0001}
+    assert baselines.drift(old, little)[0] and not baselines.drift(old, little, {"float32": 1e-3})[0]
+    old["environment"]["jax"] = "0.1"
+    assert any(c.startswith("jax: 0.1 -> ") for c in baselines.drift(old, RESULT)[1])
+
+
+def test_what_is_no_baseline(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text("{}")
+    for name in ("b.json", "none.json"):
+        with pytest.raises(OutputError, match="cannot be read"):
+            baselines.load(tmp_path / name)
