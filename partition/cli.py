@@ -69,7 +69,9 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
             _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
-        return plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, keep=keep or (), costs=None if costs is None else measured.read(costs)), args
+        made = plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, keep=keep or (), costs=None if costs is None else measured.read(costs))
+        asked = {"model": model, "prompt": prompt, "new_tokens": new_tokens, "batch": batch, "trips": trips, "sharding": sharding}
+        return dataclasses.replace(made, request={} if ":" in model else asked), args
 
 
 SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
@@ -304,6 +306,34 @@ def demo_command(
     with progress() as say:
         printed = demo(out, random_init=random_init, progress=say)
     print(printed)
+
+
+@app.command("export")
+def export_command(
+    plan_file: Annotated[Path, typer.Argument(help="a plan.json (or its folder) that `partition plan MODEL --out` wrote")],
+    out: Annotated[Path, typer.Option("--out", help="the folder to make")] = Path("export"), seed: Annotated[Optional[int], typer.Option("--seed", help="export random weights of this seed, and an example, too", min=0)] = None,  # noqa: UP045
+) -> None:  # fmt: skip
+    """Write each stage of a plan as a portable StableHLO artifact, with a manifest."""
+    from partition.export import export
+    from partition.pipeline import Plan, again
+
+    with progress() as say:
+        say("trace the plan's model again")
+        made, args = again(Plan.load(plan_file), seed=seed)
+        say("export the stages")
+        folder = export(made.stages, out, *(args if seed is not None else ()))
+    print(f"wrote {folder}: {len(made.stages.all)} stages, {sum(p.stat().st_size for p in folder.iterdir()):,} B")
+
+
+@app.command("run")
+def run_command(folder: Annotated[Path, typer.Argument(help="a folder that `partition export` wrote, with its arguments (--seed)")]) -> None:
+    """Run exported stages, in a process that needs none of the model's code; prints the outputs that are whole numbers."""
+    import numpy as np
+
+    from partition.export import load
+
+    found = [np.asarray(x) for x in load(folder).run()]
+    print(json.dumps([x.tolist() for x in found if x.dtype.kind in "iu"]))
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ FORMAT = 4
 class Plan:
     """A placement with all that led to it. `timings` [s] by pass; `how` says how the phases were found; `versions` of what made it.
 
+    request: what made the program (model, prompt, new_tokens, batch, and the like), to trace it again; empty where a callable did.
     table, saved_ends, saved_splits: the stage table, the ends of the band and how meshes are split of a plan that was loaded, which has no ops to make them from.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     placement: Placement = dataclasses.field(repr=False)
     estimate: Estimate
     bound: Bound
+    request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     how: tuple[str, ...] = ()
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -118,6 +120,24 @@ class Plan:
             raise
         except Exception as error:  # whatever a file of another form leads to
             raise OutputError(f"the plan cannot be read: {told(error)}", where=str(path), mend="name a plan.json that `partition plan` wrote") from None
+
+
+def again(saved: Plan, *, seed: int | None = None) -> tuple[Plan, tuple[Any, ...]]:
+    """A loaded plan with its program, traced again from its request, and the program's arguments (with weights, where there is a seed).
+
+    Raises PlacementError where the plan was made of a callable, or the program is no longer the one that was planned.
+    """
+    from partition import phases, problem, program
+
+    if not saved.request or saved.problem.cluster is None:
+        raise PlacementError("the plan does not say what made its program", where=saved.title, mend="plan a model by name on the command line, or cut the program that you have")
+    said = dict(saved.request)
+    fn, args = request(said.pop("model"), **{k: v for k, v in said.items() if k in ("prompt", "new_tokens", "batch")}, seed=seed)
+    posed = problem.pose(phases.tag(program.trace(fn, *args)), saved.problem.cluster, objective=saved.problem.objective, trips=said.get("trips"), sharding=said.get("sharding", "search"))
+    if posed.names != saved.problem.names:
+        raise PlacementError("the model gives another program than the one that was planned", where=f"{len(posed)} nodes, the plan has {len(saved.problem)}", mend="plan it again with this version")
+    placement = verify(posed, dataclasses.replace(saved.placement, problem=posed, bound=None))
+    return dataclasses.replace(saved, problem=posed, placement=placement), args
 
 
 def write(folder: str | Path, files: Mapping[str, str]) -> Path:
@@ -311,7 +331,7 @@ def to_json(made: Plan) -> dict[str, Any]:
 
     p, e = made.problem, made.estimate
     return {
-        "format": FORMAT, "title": made.title, "cluster": made.cluster, "policy": made.policy, "how": list(made.how),
+        "format": FORMAT, "title": made.title, "cluster": made.cluster, "policy": made.policy, "request": dict(made.request), "how": list(made.how),
         "timings": dict(made.timings), "versions": dict(made.versions),
         "placement": {"mesh": made.placement.mesh.tolist(), "also": {str(k): list(v) for k, v in made.placement.also.items()}},
         "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "joules_per_token", "exposed", "crossings", "busy", "occupied", "memory")},
@@ -331,5 +351,5 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     also = {int(k): tuple(v) for k, v in raw["placement"]["also"].items()}
     placement = verify(problem, Placement(mesh=np.array(raw["placement"]["mesh"]), also=also, problem=problem))
     return Plan(title=raw["title"], cluster=raw["cluster"], policy=raw["policy"], problem=problem, placement=placement,
-                estimate=evaluate(problem, placement), bound=Bound(**raw["bound"]), how=tuple(raw["how"]), timings=raw["timings"],
+                estimate=evaluate(problem, placement), bound=Bound(**raw["bound"]), request=raw["request"], how=tuple(raw["how"]), timings=raw["timings"],
                 versions=raw["versions"], table=tuple(raw["stages"]), saved_ends=tuple(raw["band"]), saved_splits=str(raw["splits"]))  # fmt: skip

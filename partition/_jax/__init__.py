@@ -343,7 +343,12 @@ def from_numpy(value: Any, aval: Any) -> Any:
     """What `to_numpy` gave of a value of this aval, as a value: words become a typed PRNG key again."""
     if not is_key(aval) or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return value
-    return jax.random.wrap_key_data(jnp.asarray(value), impl=_KEYS[str(aval.dtype)])
+    return from_words(value, str(aval.dtype))
+
+
+def from_words(words: Any, dtype: str) -> Any:
+    """A typed PRNG key of a type such as "key<fry>" from its words."""
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=_KEYS[dtype])
 
 
 def to_numpy(value: Any) -> np.ndarray:

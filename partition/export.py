@@ -1,0 +1,246 @@
+"""export(): stages as portable StableHLO artifacts in a folder, with a manifest; load(): the same in a process without the model's code.
+
+The manifest says what each stage reads and makes, on which mesh it is to run and how that mesh splits it, what crosses, the weights by name, and a
+checksum of every file. Artifacts are of one device each: they are what a mesh runs before its own compiler splits them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partition import _jax
+from partition.dispatch import Walk, transfers
+from partition.errors import ExecutionError, OutputError, told
+from partition.execution import _bind, strict_options
+from partition.graph import Role, Tensor, Value
+from partition.pipeline import versions
+from partition.stages import LoopPlan, Stage, Stages
+
+FORMAT = "partition export 1"
+
+
+def export(stages: Stages, folder: str | Path, *args: Any) -> Path:
+    """Write stages into a new folder, whole or not at all: manifest.json, one artifact for each distinct stage, the program's constants; with `args`, these too.
+
+    Raises OutputError where the folder exists or cannot be written, ExecutionError where flatbuffers is not installed or a stage cannot be exported.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise OutputError("the folder exists already", where=str(target), mend="name a new one")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise OutputError(f"cannot write there: {error.strerror}", where=str(target), mend="name a folder that you may write to") from None
+    try:
+        (made / "manifest.json").write_text(json.dumps(_manifest(stages, made, args), indent=1))
+        made.chmod(0o755)
+        made.rename(target)
+    except OSError as error:
+        raise OutputError(f"cannot write the export: {error.strerror}", where=str(target), mend="name a folder with enough room") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return target
+
+
+def _manifest(stages: Stages, folder: Path, args: tuple[Any, ...]) -> dict[str, Any]:
+    program, problem = stages.program, stages.problem
+    lowered, graph = program.entry.lowered, program.graph
+    files: dict[str, str] = {}
+    rows = [_stage(stages, s, folder, files) for s in stages.all]
+    used = sorted({v[0] for s in stages.all for v in (*s.inputs, *s.outputs)} | set(graph.inputs) | set(graph.outputs) | {t for s in stages.steps if isinstance(s, LoopPlan) for t in _touched(s)})
+    held = {f"const {t}": _jax.to_numpy(v) if _jax.is_key(lowered.avals[t]) else np.asarray(v, lowered.avals[t].dtype) for t, v in lowered.values.items() if t in used}
+    if args:
+        held |= {f"input {t}": _jax.to_numpy(leaf) if _jax.is_key(lowered.avals[t]) else np.asarray(leaf, lowered.avals[t].dtype) for t, leaf in _bind(program, args).items()}
+    arrays = _save(held, folder, files)
+    cluster = problem.cluster
+    return {
+        "format": FORMAT, "title": program.entry.name, "versions": versions(), "options": dict(strict_options()),
+        "meshes": [{"name": name, "device": problem.kinds[m], "devices": cluster.meshes[m].count if cluster is not None else 1, "splits": {str(t): list(map(str, split)) for t, split in problem.layouts[m].tensors.items() if t in used} if problem.layouts else {}}
+                   for m, name in enumerate(problem.meshes)],
+        "tensors": {t: {"shape": list(lowered.avals[t].shape), "dtype": str(lowered.avals[t].dtype), "role": str(graph.tensors[t].role.value), "name": graph.tensors[t].name} for t in used},
+        "inputs": list(graph.inputs), "outputs": list(graph.outputs), "weights": {graph.tensors[t].name: t for t in graph.inputs if graph.tensors[t].role is Role.PARAM},
+        "trips": problem.workload.trips, "steps": [s.id if isinstance(s, Stage) else _loop(s) for s in stages.steps], "stages": rows, "arrays": arrays,
+        "crosses": [{"value": t.value, "from": problem.meshes[t.src], "to": problem.meshes[t.dst], "bytes": t.nbytes, "times": t.times} for t in transfers(stages)], "sha256": files,
+    }  # fmt: skip
+
+
+def _touched(plan: LoopPlan) -> set[int]:
+    return {t for row in (*plan.carry, *plan.xs, *((a, b) for a, b, _ in plan.results)) for t in row}
+
+
+def _stage(stages: Stages, stage: Stage, folder: Path, files: dict[str, str]) -> dict[str, Any]:
+    from jax import export as jax_export
+
+    text = hashlib.sha256(str(_jax.body_of(stage.jaxpr)).encode()).hexdigest()[:16]
+    name = f"stage-{text}.bin"
+    if name not in files:
+        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in _jax.body_of(stage.jaxpr).invars]
+        try:
+            blob = bytes(jax_export.export(jax.jit(_jax.as_function(stage.jaxpr)))(*avals).serialize())
+        except ImportError:
+            raise ExecutionError("exporting needs flatbuffers, which is not installed", where="export", mend="pip install 'partition-planner[export]'") from None
+        except Exception as error:
+            raise ExecutionError(f"stage {stage.id} cannot be exported: {told(error)}", where=f"stage {stage.id} on {stages.problem.meshes[stage.mesh]}", mend="take out what only this process can run, such as callbacks") from None
+        (folder / name).write_bytes(blob)
+        files[name] = hashlib.sha256(blob).hexdigest()
+    return {"id": stage.id, "mesh": stage.mesh, "region": stage.region, "artifact": name, "inputs": stage.inputs, "outputs": stage.outputs}
+
+
+def _loop(plan: LoopPlan) -> dict[str, Any]:
+    assert plan.op.loop is not None
+    answer = plan.op.loop.cond.outputs[0] if plan.op.loop.cond is not None else None
+    return {"trips": plan.trips, "cond": plan.cond.id if plan.cond is not None else None, "body": [s.id for s in plan.body], "carry": plan.carry, "xs": plan.xs, "results": plan.results,
+            "kind": plan.op.loop.kind, "reverse": plan.op.loop.reverse, "answer": answer}  # fmt: skip
+
+
+def _save(held: Mapping[str, np.ndarray], folder: Path, files: dict[str, str]) -> dict[str, Any]:
+    """Arrays as one safetensors file of bytes; name -> shape and type."""
+    from safetensors.numpy import save
+
+    blob = save({name: np.frombuffer(np.ascontiguousarray(a).tobytes(), np.uint8) for name, a in held.items()})
+    (folder / "arrays.safetensors").write_bytes(blob)
+    files["arrays.safetensors"] = hashlib.sha256(blob).hexdigest()
+    return {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in held.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+    """Loaded stages. `run()` computes with the arguments that were exported, or with `inputs` by name in their place; gives the outputs in order."""
+
+    manifest: Mapping[str, Any] = dataclasses.field(repr=False)
+    calls: Mapping[str, Any] = dataclasses.field(repr=False)
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+
+    @property
+    def names(self) -> dict[str, int]:
+        """What the program takes: name -> tensor."""
+        return {self.manifest["tensors"][str(t)]["name"]: t for t in self.manifest["inputs"]}
+
+    def run(self, inputs: Mapping[str, Any] | None = None) -> list[Any]:
+        """Run every stage on this host. Raises ExecutionError for an input that is unknown, missing, or of another shape or type."""
+        tensors, given = self.manifest["tensors"], {t: self.arrays[f"input {t}"] for t in self.manifest["inputs"] if f"input {t}" in self.arrays}
+        for name, array in (inputs or {}).items():
+            if name not in self.names:
+                raise ExecutionError(f"the program takes no {name!r}", where="run(inputs)", mend=f"known: {', '.join(sorted(self.names)[:8])}")
+            t = tensors[str(self.names[name])]
+            if list(np.shape(array)) != t["shape"] or (str(jnp.result_type(array)) != t["dtype"] and not t["dtype"].startswith("key<")):
+                raise ExecutionError(f"{name} is {jnp.result_type(array)}{list(np.shape(array))}, the program takes {t['dtype']}{t['shape']}", where="run(inputs)", mend="give what was traced")
+            given[self.names[name]] = array
+        if lacking := [name for name, t in self.names.items() if t not in given]:
+            raise ExecutionError(f"{len(lacking)} inputs are missing, such as {lacking[0]!r}", where="run(inputs)", mend="give them by name, or export with the arguments")
+        walk = Walk(_stages(self.manifest), _Machine(self, given))
+        walk.run()
+        return [walk.fetch((t, None), min(walk.env.get((t, None)) or {0: None})) for t in self.manifest["outputs"]]
+
+
+def _value(raw: Sequence[Any]) -> Value:
+    return (raw[0], None if raw[1] is None else (raw[1][0], raw[1][1]))
+
+
+def _stages(manifest: Mapping[str, Any]) -> Any:
+    """What a walk asks of stages, from a manifest."""
+    rows = {
+        s["id"]: Stage(id=s["id"], mesh=s["mesh"], region=s["region"], items=(), jaxpr=s["artifact"], inputs=tuple(map(_value, s["inputs"])), outputs=tuple(map(_value, s["outputs"])))
+        for s in manifest["stages"]
+    }  # fmt: skip
+    count = max(map(int, manifest["tensors"]), default=-1) + 1
+    tensors = [Tensor(id=t, shape=(), dtype="", role=Role.LITERAL, name="", nbytes=0) for t in range(count)]
+    for t, row in manifest["tensors"].items():
+        tensors[int(t)] = Tensor(id=int(t), shape=tuple(row["shape"]), dtype=row["dtype"], role=Role(row["role"]), name=row["name"], nbytes=0)
+
+    def step(raw: Any) -> Stage | LoopPlan:
+        if isinstance(raw, int):
+            return rows[raw]
+        cond = None if raw["answer"] is None else SimpleNamespace(outputs=(raw["answer"],))
+        op: Any = SimpleNamespace(loop=SimpleNamespace(kind=raw["kind"], reverse=raw["reverse"], cond=cond))
+        triples = [(tuple(r[0:2]), bool(r[2])) for r in raw["results"]]
+        return LoopPlan(op=op, trips=raw["trips"], cond=None if raw["cond"] is None else rows[raw["cond"]], body=tuple(rows[i] for i in raw["body"]), carry=tuple((a, b, c) for a, b, c in raw["carry"]),
+                        xs=tuple((a, b) for a, b in raw["xs"]), results=tuple((a, b, every) for (a, b), every in triples))  # fmt: skip
+
+    graph = SimpleNamespace(tensors=tensors, outputs=tuple(manifest["outputs"]))
+    return SimpleNamespace(program=SimpleNamespace(graph=graph), steps=tuple(map(step, manifest["steps"])))
+
+
+class _Machine:
+    """Computes with loaded artifacts; every mesh is this host."""
+
+    def __init__(self, exported: Exported, given: Mapping[int, Any]):
+        self.of, self.loaded = exported, given
+
+    def typed(self, t: int, array: Any) -> Any:
+        dtype = self.of.manifest["tensors"][str(t)]["dtype"]
+        return _jax.from_words(array, dtype) if dtype.startswith("key<") else jnp.asarray(array, dtype)
+
+    def given(self, value: Value, mesh: int) -> Any:
+        t, span = value
+        array = self.loaded[t] if t in self.loaded else self.of.arrays[f"const {t}"]
+        whole = self.typed(t, array)
+        return whole if span is None else whole[span[0] : span[1]]
+
+    def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
+        made: Sequence[Any] = self.of.calls[stage.jaxpr](*arrays)
+        return made
+
+    def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
+        return array
+
+    def rows(self, array: Any, start: int, stop: int) -> Any:
+        return array[start:stop]
+
+    def row(self, array: Any, index: int) -> Any:
+        return array[index]
+
+    def join(self, arrays: Sequence[Any]) -> Any:
+        return jnp.concatenate(arrays)
+
+    def stack(self, arrays: Sequence[Any], value: Value) -> Any:
+        row = self.of.manifest["tensors"][str(value[0])]
+        return jnp.stack(arrays) if arrays else jnp.zeros(row["shape"], row["dtype"])
+
+    def copy(self, array: Any) -> Any:
+        return jnp.copy(array)
+
+    def settle(self, array: Any, value: Value, mesh: int) -> Any:
+        return array
+
+    def truth(self, array: Any) -> bool:
+        return bool(array)
+
+
+def load(folder: str | Path) -> Exported:
+    """Read an export and hold every file to its checksum. Raises OutputError for a changed or missing byte, another format, or a JAX that cannot read it."""
+    from jax import export as jax_export
+    from safetensors.numpy import load as load_arrays
+
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
+        blobs = {name: (folder / name).read_bytes() for name in manifest["sha256"]}
+    except Exception as error:  # whatever a folder of something else leads to
+        raise OutputError(f"the export cannot be read: {told(error)}", where=str(folder), mend="name a folder that `partition export` wrote") from None
+    for name, blob in blobs.items():
+        if hashlib.sha256(blob).hexdigest() != manifest["sha256"][name]:
+            raise OutputError(f"{name} is not what was exported: its checksum differs", where=str(folder / name), mend="export again, or copy the folder again")
+    raw = load_arrays(blobs["arrays.safetensors"])
+    arrays = {name: np.frombuffer(raw[name].tobytes(), jnp.dtype(row["dtype"])).reshape(row["shape"]) for name, row in manifest["arrays"].items()}
+    known = {k: v for k, v in manifest["options"].items() if k in strict_options()}
+    try:
+        calls = {name: jax.jit(jax_export.deserialize(bytearray(blob)).call, compiler_options=known) for name, blob in blobs.items() if name.endswith(".bin")}
+    except Exception as error:
+        raise OutputError(f"this JAX cannot read the artifacts: {told(error)}", where=f"written by jax {manifest['versions'].get('jax')}, this is {jax.__version__}", mend="use a JAX that is not much older or newer") from None
+    return Exported(manifest=manifest, calls=calls, arrays=arrays)
