@@ -171,10 +171,25 @@ def named(name: Any, configs: Mapping[str, Any], family: str, module: str) -> An
     return configs[name]
 
 
+WIDTHS = {"vocab": 256, "dim": 64, "ffn": 64, "moe_ffn": 32, "inner": 128, "head_dim": 8, "rank": 4, "q_rank": 16, "kv_rank": 16, "nope_dim": 8, "rope_dim": 8, "v_dim": 8}
+"""Fields of a Config that are widths, and how wide a sibling's are at most."""
+
+
+def shrunken(cfg: Any) -> Any:
+    """A Config of the same structure with small widths. Heads whose size is not a field keep a size of 4."""
+    own = {f.name for f in dataclasses.fields(cfg)}
+    new = {name: min(width, getattr(cfg, name)) for name, width in WIDTHS.items() if name in own and getattr(cfg, name) is not None}
+    if "heads" in own and not own & {"head_dim", "nope_dim"}:
+        new["dim"] = 4 * cfg.heads
+    if "inner" in new:
+        new["inner"] = cfg.inner // cfg.dim * new["dim"]
+    return dataclasses.replace(cfg, **new)
+
+
 def requested(
     cfg: Any, build: Callable[..., tuple[Any, Callable[[Any], Steps]]], *, batch: int = 1, prompt: int | np.ndarray = 128, new_tokens: int = 32,
     seed: int | None = None, weights: Make | None = None, dtype: str | None = None, layers: Literal["unrolled", "scanned"] = "unrolled",
-    loop: Loop = "scan", sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False, start: int | None = None,
+    loop: Loop = "scan", sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False, start: int | None = None, shrink: bool = False,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
     """One request as a traceable function and its arguments: `fn(weights, tokens[, key])` -> tokens int32 [batch, new_tokens].
 
@@ -182,10 +197,11 @@ def requested(
     only. `dtype` replaces that of the Config `cfg`; `layers="scanned"` stacks layers and runs them by a scan. `sample` draws from the
     distribution with a key (third argument) instead of taking the likeliest token; `loop`, `temperature` and `eos` are those of
     `generate`; `logits` adds the logits float32 [batch, new_tokens, vocab] to the result (for `loop="scan"`).
-    The model says how it is built, `build(cfg, make, scanned, prompt, new_tokens)` -> its weights and the steps under them, and at which
+    `shrink` makes the model's sibling with small widths: as many layers, heads and experts. The model says how it is built, `build(cfg, make, scanned, prompt, new_tokens)` -> its weights and the steps under them, and at which
     position its new tokens `start`, if not after the prompt. Raises ModelError for what makes no request.
     """
     cfg = cfg if dtype is None else dataclasses.replace(cfg, dtype=dtype)
+    cfg = shrunken(cfg) if shrink else cfg
     ids = None if isinstance(prompt, int) else np.asarray(prompt, np.int32)
     batch, length = (batch, prompt) if ids is None else ids.shape
     asked = f"batch {batch}, prompt {length}, {new_tokens} new tokens, loop {loop!r}"

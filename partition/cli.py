@@ -169,6 +169,7 @@ def check_command(
     junit: Annotated[Optional[Path], typer.Option("--junit", help="write the verdict as JUnit XML")] = None,  # noqa: UP045
     sharding: Sharding = "search", sets: Sets = None, oracle: Annotated[bool, typer.Option("--oracle", help="hold both against float64, too")] = False,
     target: Annotated[bool, typer.Option("--target", help="what would the arithmetic of the devices do?")] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="check a sibling with small widths, cut at the same places as the whole model's plan")] = False,
     wire: Annotated[Optional[list[str]], typer.Option("--wire", help="with --target: formats in which values may cross; bfloat16 and float8_e4m3 unless told")] = None,  # noqa: UP045
     against: Annotated[Optional[Path], typer.Option("--against", help="a recorded run that the outputs may not drift from")] = None,  # noqa: UP045
     accept: Annotated[Optional[str], typer.Option("--accept", help="with --against: record this run anew, for this reason")] = None,  # noqa: UP045
@@ -176,11 +177,15 @@ def check_command(
 ) -> None:  # fmt: skip
     """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
     from partition import equivalence, execution, numerics, reporting
-    from partition.pipeline import writable, write
+    from partition.pipeline import sibling, writable, write
 
     writable(*(file.parent for file in (json_file, junit) if file is not None))
-    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=seed, sets=sets, sharding=sharding)
+    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=None if shrink else seed, sets=sets, sharding=sharding)
     with progress() as say:
+        unlike: tuple[str, ...] = ()
+        if shrink:
+            say("carry the plan over to a sibling with small widths")
+            made, args, unlike = sibling(made, model, seed=seed)
         say("cut")
         runner = execution.prepare(made.stages, strict=not default_options, progress=say)
         say("run cut and uncut, compare")
@@ -189,6 +194,7 @@ def check_command(
         except EquivalenceError as error:
             verdict, code = error.verdict, ExitCode.MISMATCH  # type: ignore[assignment]
         found = numerics.effects(made.stages, *args, wires=wire or ("bfloat16", "float8_e4m3"), progress=say) if target or wire else ()
+    verdict = dataclasses.replace(verdict, not_shown=(*verdict.not_shown, *unlike))
     if found:
         verdict = dataclasses.replace(verdict, target=numerics.summary(found))
     drifted = _drift(made.title, runner(*args), against, accept, budget) if against is not None and code is ExitCode.OK else []

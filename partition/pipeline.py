@@ -140,6 +140,32 @@ def again(saved: Plan, *, seed: int | None = None) -> tuple[Plan, tuple[Any, ...
     return dataclasses.replace(saved, problem=posed, placement=placement), args
 
 
+def sibling(whole: Plan, model: str, *, seed: int = 0) -> tuple[Plan, tuple[Any, ...], tuple[str, ...]]:
+    """A plan carried over to its model's sibling with small widths: (the plan, the arguments with weights, what it cannot show).
+
+    Raises PlacementError where the sibling is not of the same structure, PartitionError where the model has none.
+    """
+    from partition import phases, problem, program
+
+    if ":" in model:
+        raise PartitionError("only models that are known by name can be shrunk", where=model, mend="give your callable small widths itself, and check that")
+    full, own = whole.problem, {k: whole.request[k] for k in ("prompt", "new_tokens") if k in whole.request}
+    assert full.cluster is not None
+    lengths = [{"prompt": 16, "new_tokens": 4}, *([own] if own else [])]  # the structure of some models hangs on the prompt's length
+    for i, short in enumerate(lengths):
+        fn, args = request(model, batch=min(full.workload.batch, 2), seed=seed, shrink=True, **short)
+        try:
+            small = problem.pose(phases.tag(program.trace(fn, *args)), full.cluster, objective=full.objective, like=full)
+            break
+        except PlacementError:
+            if i + 1 == len(lengths):
+                raise
+    others = sum(a.tensors.get(t) != b.tensors.get(t) for a, b in {(id(a), id(b)): (a, b) for a, b in zip(full.layouts, small.layouts, strict=True)}.values() for t in {*a.tensors, *b.tensors})
+    told = ("a sibling with small widths was run: the plan's cuts, not its numbers or its memory", *([f"{others} tensors are split otherwise at full width"] if others else []))
+    placement = small.placement(whole.placement.mesh)
+    return dataclasses.replace(whole, title=f"{whole.title}, shrunk", problem=small, placement=placement, estimate=evaluate(small, placement)), args, told
+
+
 def write(folder: str | Path, files: Mapping[str, str]) -> Path:
     """Write files into a folder, all of them or none. Raises OutputError where that cannot be."""
     folder, temporary = Path(folder), dict[str, str]()

@@ -23,6 +23,7 @@ from partition.measured import Times, put
 from partition.phases import Phase, Phases, is_weight
 from partition.pricing import depth, layer_of, layouts, node_costs
 from partition.sharding import Layout
+from partition.shrinking import carried
 from partition.symbols import first
 from partition.work import Work, loop_trips, work
 from partition.workload import Workload
@@ -229,14 +230,14 @@ class Problem:
 def pose(
     phases: Phases, cluster: Cluster, *, objective: str = "e2e", level: Literal["block", "op"] = "block",
     trips: int | None = None, pins: Mapping[str, str] | None = None, sharding: Literal["search", "tensor"] = "search",
-    costs: Times | None = None, limits: Mapping[str, float] | None = None, keep: Sequence[str] = (),
+    costs: Times | None = None, limits: Mapping[str, float] | None = None, keep: Sequence[str] = (), like: Problem | None = None,
 ) -> Problem:  # fmt: skip
     """Make the placement problem of a tagged program on a cluster.
 
     objective: one of OBJECTIVES. level: "block" or "op". trips: for loops whose structure does not tell how often they run.
     pins: node name -> mesh name. limits: one of LIMITS -> what it may be at most (throughput: at least). keep: what stays whole (see `keeping`). sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
     over all devices, even where that is slower. costs: a user's own times, node name or pattern -> mesh or device -> seconds of one run, which
-    take the place of the model's (see `measured`). Raises NameUnknownError, WorkError, ProfileError.
+    take the place of the model's (see `measured`). like: the problem of a program of the same structure, whose nodes these are to be. Raises NameUnknownError, WorkError, ProfileError.
     """
     if objective not in OBJECTIVES:
         raise NameUnknownError.among("objective", objective, OBJECTIVES)
@@ -255,7 +256,7 @@ def pose(
     runs = loop_trips(loop, graph, trips) if loop is not None else 0
     on_chip: set[int] = set()
     works = work(graph, weights=weights, trips=trips, on_chip=on_chip)
-    blocks = coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
+    blocks = carried(like.blocks, like.phases.program.graph, graph) if like and like.phases else coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
     splits = layouts(phases, works, cluster, trips, tensor=sharding == "tensor")
     flowing, lying = flows(blocks, phases, runs)
     names, layer = unique([b.scope or b.phase for b in blocks]), layer_of(phases, blocks)

@@ -1,0 +1,49 @@
+"""A plan of a large model, carried over to its small sibling and checked there."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import partition as pt
+from models import llama
+from models.generate import shrunken
+from partition import pipeline
+from partition.errors import PartitionError, PlacementError
+from partition.problem import pose
+
+
+@pytest.mark.parametrize(("name", "cluster"), [("llama-3.2-1b", "trn2_efa_4cs3"), ("gemma-2-2b", "trn2_efa_4cs3"), ("mamba-130m", "trn2_efa_cs3"), ("deepseek-v2-lite", "trn2_efa_4cs3"), ("t5-base", "trn2_efa_cs3")])
+def test_every_family_has_a_sibling_of_the_same_structure(name: str, cluster: str) -> None:
+    fn, args = pipeline.request(name, batch=1, prompt=64, new_tokens=16)
+    plan = dataclasses.replace(pt.plan(fn, args, cluster=cluster, policy="random"), request={"prompt": 64, "new_tokens": 16})
+    small, own, told = pipeline.sibling(plan, name)
+    assert small.problem.names == plan.problem.names and (small.placement.mesh == plan.placement.mesh).all() and "not its numbers" in told[0]
+    assert sum(np.size(leaf) for leaf in jax.tree_util.tree_leaves(own)) < 0.2 * sum(leaf.size for leaf in jax.tree_util.tree_leaves(args))
+    pt.cut(small.problem.phases.program, small.placement)  # type: ignore[union-attr]
+
+
+def test_the_sibling_is_checked() -> None:
+    done = subprocess.run([sys.executable, "-m", "partition", "check", "tiny", "--shrink", "--cluster", "trn2_efa_4cs3", "--policy", "random"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "a sibling with small widths was run" in done.stdout, done.stderr
+
+
+def test_what_cannot_be_carried_over() -> None:
+    fn, args = llama.generation("tiny", prompt=8, new_tokens=4)
+    plan = pt.plan(fn, args, cluster="trn2_efa_cs3", policy="single")
+    other, more = llama.generation("tiny", prompt=8, new_tokens=4, sample=True)
+    with pytest.raises(PlacementError, match=r"the sibling has|the program"):
+        pose(pt.tag(pt.trace(other, *more)), plan.problem.cluster, like=plan.problem)  # type: ignore[arg-type]
+    with pytest.raises(PartitionError, match="known by name"):
+        pipeline.sibling(plan, "mine:model")
+
+
+def test_widths_shrink_and_structure_stays() -> None:
+    whole = llama.CONFIGS["llama-3.1-70b"]
+    small = shrunken(whole)
+    assert (small.layers, small.heads, small.kv_heads) == (80, 64, 8) and (small.vocab, small.dim, small.ffn, small.head_dim) == (256, 64, 64, 8)
