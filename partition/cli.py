@@ -178,7 +178,9 @@ def check_command(
     """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
     from partition import equivalence, execution, numerics, reporting
     from partition.pipeline import sibling, writable, write
+    from partition.program import compile_cache
 
+    compile_cache()
     writable(*(file.parent for file in (json_file, junit) if file is not None))
     made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=None if shrink else seed, sets=sets, sharding=sharding)
     with progress() as say:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,6 +116,27 @@ def host_devices(count: int) -> None:
 
 
 DEFAULT_HOST_DEVICES = 32
+
+
+def compile_cache(folder: str | Path | None = None) -> Path | None:
+    """Keep compiled stages on disk, by content, so that the next process does not compile them again (JAX's own cache). Gives the folder.
+
+    folder: PARTITION_CACHE unless told, else ~/.cache/partition; PARTITION_CACHE=off keeps nothing. A folder that cannot be written is left out.
+    """
+    named = str(folder) if folder is not None else os.environ.get("PARTITION_CACHE", str(Path.home() / ".cache" / "partition"))
+    if named == "off":
+        return None
+    path = Path(named)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(path, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
 
 
 def trace(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from jax.experimental import io_callback
 
 from partition.errors import TraceError
 from partition.graph import Role, verify
-from partition.program import trace
+from partition.program import compile_cache, trace
 
 HERE = Path(__file__).name
 LINES = Path(__file__).read_text().splitlines()
@@ -184,3 +187,26 @@ def test_unordered_side_effects_are_refused() -> None:
 
     with pytest.raises(TraceError):
         trace(fn, W, X)
+
+
+def test_what_was_compiled_is_kept_by_content(tmp_path: Path) -> None:
+    code = """
+import sys, time
+import partition as pt
+from models import llama
+assert pt.compile_cache() is not None
+fn, args = llama.generation("tiny", batch=1, prompt=8, new_tokens=4, seed=0)
+stages = pt.plan(fn, args, cluster="trn2_efa_cs3", policy="phase_split").stages
+print(pt.check(stages, *args).bitwise)
+"""
+    told = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=os.environ | {"PARTITION_CACHE": str(tmp_path / "c")})
+        assert done.stdout.strip() == "True", done.stderr[-2000:]
+        told.append({p.name for p in (tmp_path / "c").iterdir() if not p.name.endswith("atime")})
+    assert told[0] and told[0] == told[1]  # nothing was compiled the second time
+    off = subprocess.run([sys.executable, "-c", "import partition as pt; print(pt.compile_cache())"], capture_output=True, text=True, timeout=60, env=os.environ | {"PARTITION_CACHE": "off"})
+    assert off.stdout.strip() == "None"
+    file = tmp_path / "file"
+    file.write_text("")
+    assert compile_cache(file / "no") is None
