@@ -32,25 +32,34 @@ def choose(logits: jax.Array, key: jax.Array | None, temperature: float) -> tupl
 def generate(
     prefill: Callable[[jax.Array, int], tuple[jax.Array, Any]], decode_step: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
     tokens: jax.Array, new_tokens: int, *, start: int | None = None, key: jax.Array | None = None, temperature: float = 1.0,
-    eos: int | None = None, loop: Loop = "scan", logits: bool = False,
+    eos: int | None = None, loop: Loop = "scan", logits: bool = False, text: np.ndarray | None = None,
 ) -> Any:  # fmt: skip
     """Read `tokens` [B, S], then decode until `new_tokens` [B, new_tokens] are written; with `logits`, those of every step as well.
 
     prefill(tokens, length) gives logits float32 [B, vocab] of the last position and a state with room for `length` positions;
     decode_step(token [B], state, position) gives the same one position on. `start` is the position of the first new token (S).
     `loop="while"` stops early once every sequence has written `eos` (None: never); later places then hold `eos` or 0.
+    `text` int32 [B, new_tokens] is what is read in place of what is chosen, where it is not negative: logits are then those of a given text.
     """
     B, S = tokens.shape
     first = S if start is None else start
 
+    def read(chosen: jax.Array, i: Any) -> jax.Array:
+        if text is None:
+            return chosen
+        given = jax.lax.dynamic_index_in_dim(jnp.asarray(text, jnp.int32), i, 1, keepdims=False)
+        return jnp.where(given >= 0, given, chosen)
+
     def step(token: jax.Array, position: Any, state: Any, key: Any) -> tuple[Any, ...]:
         step_logits, state = decode_step(token, state, position)
         token, key = choose(step_logits, key, temperature)
+        token = read(token, position + 1 - first)
         return token, position + 1, state, key, step_logits
 
     with jax.named_scope("prefill"):
         first_logits, state = prefill(tokens, first + new_tokens)
         token, key = choose(first_logits, key, temperature)
+        token = read(token, 0)
     if loop == "scan":
 
         def scanned(carry: Any, _: None) -> tuple[Any, Any]:
@@ -189,7 +198,7 @@ def shrunken(cfg: Any) -> Any:
 def requested(
     cfg: Any, build: Callable[..., tuple[Any, Callable[[Any], Steps]]], *, batch: int = 1, prompt: int | np.ndarray = 128, new_tokens: int = 32,
     seed: int | None = None, weights: Make | None = None, dtype: str | None = None, layers: Literal["unrolled", "scanned"] = "unrolled",
-    loop: Loop = "scan", sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False, start: int | None = None, shrink: bool = False,
+    loop: Loop = "scan", sample: bool = False, temperature: float = 1.0, eos: int | None = None, logits: bool = False, start: int | None = None, shrink: bool = False, text: np.ndarray | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:  # fmt: skip
     """One request as a traceable function and its arguments: `fn(weights, tokens[, key])` -> tokens int32 [batch, new_tokens].
 
@@ -197,7 +206,7 @@ def requested(
     only. `dtype` replaces that of the Config `cfg`; `layers="scanned"` stacks layers and runs them by a scan. `sample` draws from the
     distribution with a key (third argument) instead of taking the likeliest token; `loop`, `temperature` and `eos` are those of
     `generate`; `logits` adds the logits float32 [batch, new_tokens, vocab] to the result (for `loop="scan"`).
-    `shrink` makes the model's sibling with small widths: as many layers, heads and experts. The model says how it is built, `build(cfg, make, scanned, prompt, new_tokens)` -> its weights and the steps under them, and at which
+    `text` int32 [batch, new_tokens] is read in place of what is chosen. `shrink` makes the model's sibling with small widths: as many layers, heads and experts. The model says how it is built, `build(cfg, make, scanned, prompt, new_tokens)` -> its weights and the steps under them, and at which
     position its new tokens `start`, if not after the prompt. Raises ModelError for what makes no request.
     """
     cfg = cfg if dtype is None else dataclasses.replace(cfg, dtype=dtype)
@@ -223,7 +232,7 @@ def requested(
     key = np.array([0, seed or 0], np.uint32) if concrete else jax.ShapeDtypeStruct((2,), jnp.uint32)
 
     def fn(weights: Any, tokens: jax.Array, key: jax.Array | None = None) -> Any:
-        return generate(*steps(weights), tokens, new_tokens, start=start, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits)
+        return generate(*steps(weights), tokens, new_tokens, start=start, key=key, temperature=temperature, eos=eos, loop=loop, logits=logits, text=text)
 
     fn.__name__ = fn.__qualname__ = "generate"
     return fn, (state, ids, key) if sample else (state, ids)

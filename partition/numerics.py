@@ -26,7 +26,8 @@ from partition.tables import table
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Effect:
     """What one arithmetic does to the outputs. agree: share of integer outputs (tokens) that stay; first: index of the first that does not. rms: of the floats' changes, over
-    the rms of the floats. logits: float outputs as distributions of tokens, where they are wide enough. crossed [B]: between meshes."""
+    the rms of the floats. logits: float outputs as distributions of tokens, where they are wide enough. crossed [B]: between meshes.
+    perplexity: of a text that was given, under these logits."""
 
     name: str
     agree: float
@@ -34,12 +35,13 @@ class Effect:
     rms: float
     logits: Choices | None
     crossed: int
+    perplexity: float | None = None
 
 
-def effects(stages: Stages, *args: Any, wires: Sequence[str] = ("bfloat16", "float8_e4m3"), progress: Callable[[str], None] | None = None) -> tuple[Effect, ...]:
+def effects(stages: Stages, *args: Any, wires: Sequence[str] = ("bfloat16", "float8_e4m3"), text: np.ndarray | None = None, progress: Callable[[str], None] | None = None) -> tuple[Effect, ...]:
     """Run the stages as the program says, then in the arithmetic of their devices by phase, then with narrower wires.
 
-    The first effect is the program's own. Raises NameUnknownError for a wire format, ExecutionError where no device's profile has a precision.
+    The first effect is the program's own. text: int [batch, n] that the program was made to read, for outputs that are its logits [batch, n, vocabulary]. Raises NameUnknownError for a wire format, ExecutionError where no device's profile has a precision.
     """
     cluster = stages.problem.cluster
     assert cluster is not None
@@ -59,10 +61,10 @@ def effects(stages: Stages, *args: Any, wires: Sequence[str] = ("bfloat16", "flo
     if len({s.mesh for s in stages.all}) > 1:
         ways |= {f"what crosses in {w}": Target(stages={}, wire=w) for w in wires}
     base, crossed = _run(stages, args, None, progress, "as the program says")
-    found = [_effect("as the program says", base, base, crossed)]
+    found = [_effect("as the program says", base, base, crossed, text)]
     for name, target in ways.items():
         result, crossed = _run(stages, args, target, progress, name)
-        found.append(_effect(name, base, result, crossed))
+        found.append(_effect(name, base, result, crossed, text))
     return tuple(found)
 
 
@@ -84,7 +86,15 @@ def _run(stages: Stages, args: tuple[Any, ...], target: Target | None, progress:
     return [to_numpy(leaf) for leaf in jax.tree_util.tree_leaves(result)], sum(m.nbytes for m in record.moved)
 
 
-def _effect(name: str, base: Sequence[np.ndarray], result: Sequence[np.ndarray], crossed: int) -> Effect:
+def perplexity(logits: np.ndarray, text: np.ndarray) -> float:
+    """exp of the mean negative log-likelihood of a text [batch, n] under logits [batch, n, vocabulary]."""
+    x = logits.astype(np.float64)
+    top = x.max(axis=-1, keepdims=True)
+    norm = np.log(np.exp(x - top).sum(axis=-1)) + top[..., 0]
+    return float(np.exp((norm - np.take_along_axis(x, text[..., None].astype(np.int64), axis=-1)[..., 0]).mean()))
+
+
+def _effect(name: str, base: Sequence[np.ndarray], result: Sequence[np.ndarray], crossed: int, text: np.ndarray | None) -> Effect:
     whole = [(a, b) for a, b in zip(base, result, strict=True) if np.issubdtype(a.dtype, np.integer)]
     count = sum(a.size for a, _ in whole)
     first = next((tuple(int(i) for i in np.argwhere(a != b)[0]) for a, b in whole if (a != b).any()), None)
@@ -94,14 +104,15 @@ def _effect(name: str, base: Sequence[np.ndarray], result: Sequence[np.ndarray],
     return Effect(
         name=name, agree=sum(int((a == b).sum()) for a, b in whole) / count if count else 1.0, first=first, rms=(change / size) ** 0.5 if size > 0 else 0.0,
         logits=choices("logits", *max(wide, key=lambda pair: pair[0].shape[-1])) if wide else None, crossed=crossed,
+        perplexity=next((perplexity(b, text) for _, b in wide if text is not None and b.shape[:-1] == text.shape), None),
     )  # fmt: skip
 
 
 def effects_text(found: Sequence[Effect]) -> str:
     """The effects as a table."""
     lines = [(e.name, f"{100 * e.agree:.1f} %", "-" if e.first is None else str(list(e.first)), f"{e.rms:.2g}", *(("-", "-") if e.logits is None else (f"{e.logits.kl[0]:.2g}", f"{100 * e.logits.top1:.1f} %")),
-              f"{e.crossed:,}") for e in found]  # fmt: skip
-    return table("What the target's arithmetic would do", ("arithmetic", "tokens kept", "first other", "change of floats", "KL of logits", "likeliest kept", "B crossed"), lines)
+              "-" if e.perplexity is None else f"{e.perplexity:.4f}", f"{e.crossed:,}") for e in found]  # fmt: skip
+    return table("What the target's arithmetic would do", ("arithmetic", "tokens kept", "first other", "change of floats", "KL of logits", "likeliest kept", "perplexity", "B crossed"), lines)
 
 
 def summary(found: Sequence[Effect]) -> str:

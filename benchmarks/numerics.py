@@ -1,0 +1,56 @@
+"""What the arithmetic of the announced machines would do to SmolLM2-135M on a fixed text, by phase, and what a narrower wire costs and saves.
+
+The prompt is the first half of the text, and decode reads the second half: the perplexity is that of the second half. With random weights, where the
+checkpoint is not installed, the numbers mean nothing, and are told as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+import partition as pt
+from benchmarks import Bar
+from benchmarks.decode import weights
+from partition import numerics
+from partition.hardware import Precision
+
+TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. However little known the
+feelings or views of such a man may be on his first entering a neighbourhood, this truth is so well fixed in the minds of the surrounding families, that
+he is considered the rightful property of some one or other of their daughters."""
+"""Jane Austen, Pride and Prejudice (1813), which is in the public domain."""
+
+OTHERS = {"as the profile says": None, "cbfloat16": Precision(multiply="cbfloat16", result="cbfloat16", source="tried"), "float16 sums": Precision(multiply="float16", accumulate="float16", result="float16", source="tried"),
+          "float8 operands": Precision(multiply="float8_e4m3", source="tried")}  # fmt: skip
+"""Other arithmetics of the decode machine that are published or spoken of."""
+
+
+def ids() -> np.ndarray:
+    """The text as tokens [1, n] of SmolLM2; of its bytes where the tokenizer is not installed."""
+    from models.checkpoint import gguf_tokenizer, open_gguf, packaged_gguf
+
+    if (file := packaged_gguf()) is None:
+        return np.frombuffer(TEXT.encode(), np.uint8).astype(np.int32)[None]
+    return np.array(gguf_tokenizer(open_gguf(file)).encode(TEXT).ids, np.int32)[None]
+
+
+def bars() -> list[Bar]:
+    """Perplexity and tokens by arithmetic."""
+    from models.llama import generation
+
+    text, (options, what) = ids(), weights()
+    half = text.shape[1] // 2
+    fn, args = generation(**options, prompt=text[:, :half], new_tokens=text.shape[1] - half, logits=True, text=text[:, half:])
+    program = pt.trace(fn, *args)
+    phases, rows = pt.tag(program), list[Bar]()
+    for name, precision in OTHERS.items():
+        machines = pt.cluster("trn2_efa_cs3")
+        meshes = tuple(dataclasses.replace(m, device=dataclasses.replace(m.device, precision=precision)) if precision is not None and m.device.name == "cs3" else m for m in machines.meshes)
+        problem = pt.pose(phases, dataclasses.replace(machines, meshes=meshes), sharding="tensor")
+        stages = pt.cut(program, pt.place(problem, "phase_split"))
+        found = numerics.effects(stages, *args, wires=("bfloat16", "float8_e4m3") if precision is None else (), text=text[:, half:])
+        for e in found if precision is None else found[1:]:
+            note = f"{what}; {100 * e.agree:.1f} % of tokens kept, KL {e.logits.kl[0]:.2g}, {e.crossed:,} B cross" if e.logits is not None else what
+            rows.append(Bar.of(f"perplexity, {e.name}" + ("" if precision is None else f" ({name})"), [e.perplexity or float("nan")], None, note=note))
+    return rows
