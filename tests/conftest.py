@@ -1,15 +1,23 @@
 """Programs, problems and runs that many tests share."""
 
+import atexit
 import functools
+import os
+import shutil
+import tempfile
 from typing import Any
 
 from models import llama
 from partition import pipeline, profiles
 from partition.phases import Phases, tag
 from partition.problem import Problem, pose
-from partition.program import host_devices, trace
+from partition.program import compile_cache, host_devices, trace
 
 host_devices(32)
+if os.environ.get("PARTITION_CACHE") != "off":  # what one test compiled, the next need not: a folder for each process, and for those that it starts
+    os.environ["PARTITION_CACHE"] = tempfile.mkdtemp(prefix="partition-compiled-")
+    atexit.register(shutil.rmtree, os.environ["PARTITION_CACHE"], ignore_errors=True)
+compile_cache()
 
 
 @functools.cache

@@ -26,7 +26,7 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 def block(first: int, count: int) -> tuple[collections.Counter[str], list[str]]:
     """(what some cases covered, what failed)."""
     done = subprocess.run([sys.executable, __file__, "--block", str(first), str(count)], capture_output=True, text=True,
-                          env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}", "PYTHONPATH": f"{HERE.parent}:{HERE}"})  # fmt: skip
+                          env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}", "PYTHONPATH": f"{HERE.parent}:{HERE}", "PARTITION_CACHE": "off"})  # fmt: skip
     covered, failed = collections.Counter[str](), []
     for line in done.stdout.splitlines():
         said = json.loads(line)
