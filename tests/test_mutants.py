@@ -69,7 +69,7 @@ def test_a_check_of_a_mutant_fails_though_its_tokens_may_not(change: str, seed: 
         pt.check(with_stage(stages, stage.id, changed(stage.jaxpr, CHANGES[change], way)[0]), *args)
 
 
-@pytest.mark.parametrize("form", ["decode cut by layers", "cut anywhere"])
+@pytest.mark.parametrize("form", ["decode cut by layers", pytest.param("cut anywhere", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", sorted(RUNS))
 def test_a_fault_of_the_run_is_found(form: str, fault: str) -> None:
     stages, args = made(form)
