@@ -42,6 +42,12 @@ def _scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(groups[0]), len(groups[1])
 
 
+def primitive_of(eqn: Any) -> str:
+    """The name of an equation's primitive; of one that some JAX versions wrap, of what is wrapped."""
+    wrapped = eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
+    return str(eqn.primitive.name) if wrapped is None else type(wrapped).__name__
+
+
 def _callee(eqn: Any) -> Any:
     """The jaxpr of a call that can be inlined, else None."""
     if eqn.primitive.name in OPAQUE or eqn.primitive.name in ("scan", "while", "cond", "reduce", "reduce_window"):
@@ -159,7 +165,7 @@ class _Reader:
             self.eqns.append(eqn)
             self.callers.append(self.caller)
             self.caller = (eqn, self.caller)
-            name, params = eqn.primitive.name, eqn.params
+            name, params = primitive_of(eqn), eqn.params
             loop: Loop | None = None
             inside: tuple[Graph, ...] = ()
             if name in ("scan", "while"):
