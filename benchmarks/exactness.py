@@ -3,7 +3,7 @@
 - cut: prefill on trn2, decode by layers over three wafers, one host device a mesh: bit for bit the uncut program's logits?
 - tensor-parallel: two host devices a mesh: the logits' rms error against a float64 oracle, as a multiple of the uncut program's own.
 
-The oracle (oracle.py, in a process of its own with x64) reads the prompt and then the very tokens that the program wrote, so that a
+The oracle (every float in float64, in a process of its own) reads the prompt and then the very tokens that the program wrote, so that a
 near-tie, decided otherwise, does not count as an error of what follows.
 """
 
@@ -103,8 +103,8 @@ def oracle(dtype: str, file: str) -> None:
     import numpy as np
     from flax import nnx
 
-    from benchmarks.oracle import float64
     from models.llama import Llama, shapes
+    from partition._jax.lifting import float64
 
     found = dict(np.load(file))
     for who in ("cut", "uncut"):
@@ -124,8 +124,9 @@ def oracle(dtype: str, file: str) -> None:
                 _, rest = jax.lax.scan(step, (jnp.int32(PROMPT), cache), tokens[:, :-1].T)
                 return jnp.concatenate([first[None], rest]).swapaxes(0, 1)
 
+            given = (weights, prompt, found[f"{who}_tokens"][seed])
             same = who == "uncut" and np.array_equal(found["cut_tokens"][seed], found["uncut_tokens"][seed])
-            made.append(found["cut_oracle"][seed] if same else float64(forced, weights, prompt, found[f"{who}_tokens"][seed]))
+            made.append(found["cut_oracle"][seed] if same else float64(jax.make_jaxpr(forced)(*given), jax.tree_util.tree_leaves(given))[0])
         found[f"{who}_oracle"] = np.stack(made)
         assert found[f"{who}_oracle"].dtype == np.float64
     np.savez(file, **found)

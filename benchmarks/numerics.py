@@ -14,14 +14,14 @@ import partition as pt
 from benchmarks import Bar
 from benchmarks.decode import weights
 from partition import numerics
-from partition.hardware import Precision
+from partition.hardware import Kind, Precision
 
 TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. However little known the
 feelings or views of such a man may be on his first entering a neighbourhood, this truth is so well fixed in the minds of the surrounding families, that
 he is considered the rightful property of some one or other of their daughters."""
 """Jane Austen, Pride and Prejudice (1813), which is in the public domain."""
 
-OTHERS = {"as the profile says": None, "cbfloat16": Precision(multiply="cbfloat16", result="cbfloat16", source="tried"), "float8 operands": Precision(multiply="float8_e4m3", source="tried")}  # fmt: skip
+OTHERS = {"as the profile says": None, "cbfloat16": Precision(kind=Kind.ASSUMED, source="tried", multiply="cbfloat16", result="cbfloat16"), "float8 operands": Precision(kind=Kind.ASSUMED, source="tried", multiply="float8_e4m3")}  # fmt: skip
 """Other arithmetics of the decode machine that are published or spoken of."""
 
 

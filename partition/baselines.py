@@ -16,13 +16,12 @@ import jax
 import numpy as np
 
 from partition._jax import to_numpy
+from partition.distances import TOLERANCE
 from partition.errors import OutputError, told
-from partition.pipeline import versions, write
+from partition.outputs import write
+from partition.pipeline import versions
 
 FORMAT = "partition baseline 1"
-BUDGET = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""How far a float may move from the recorded one, as a share of the rms of its output, where no budget is given."""
-
 _SAMPLE = 64
 """Elements of each output that are recorded, evenly spread."""
 
@@ -59,9 +58,9 @@ def _output(name: str, a: np.ndarray) -> dict[str, Any]:
 
 
 def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] | None = None) -> tuple[list[str], list[str]]:
-    """(how a result moved beyond the budget, what of the environment is another) against a baseline; budget: dtype -> share of the rms."""
+    """(how a result moved beyond the budget, what of the environment is another) against a baseline; budget: dtype -> share of the rms, the tolerances of `distances` unless told."""
     today = recorded(str(baseline["title"]), result, reason="")
-    moved, allowed = [], {**BUDGET, **(budget or {})}
+    moved, allowed = [], {**TOLERANCE, **(budget or {})}
     then, now = baseline["outputs"], today["outputs"]
     if [(o["name"], o["shape"], o["dtype"]) for o in then] != [(o["name"], o["shape"], o["dtype"]) for o in now]:
         return ["its outputs have other names, shapes or types"], _changed(baseline, today)

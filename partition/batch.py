@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from partition.evaluation import FAR, groups
+from partition.flow import by_value
 from partition.phases import Phase
 from partition.problem import OBJECTIVES, Problem
 
@@ -35,10 +36,7 @@ class Batch:
         self.by_src: list[list[int]] = [[] for _ in problem.names]
         for i, f in enumerate(problem.flows):
             self.by_src[f.src].append(i)
-        values: dict[object, list[int]] = {}
-        for i, f in enumerate(problem.flows):
-            values.setdefault((f.value, f.src), []).append(i)
-        self.by_value = [sorted(flows, key=lambda i: -problem.flows[i].times) for flows in values.values()]  # a value crosses once, as often as most often
+        self.by_value = by_value(problem.flows)
         self.both = [n for n in reversed(range(len(problem))) if problem.phase[n] is Phase.BOTH]
         self.before, self.inside, self.after = groups(problem)
         self.weights = np.array([r.kind == "weights" for r in problem.residents], bool)

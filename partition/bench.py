@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from partition import outputs
 from partition.bounds import lower_bound
-from partition.errors import OutputError, PartitionError
+from partition.errors import PartitionError
 from partition.evaluation import Estimate, evaluate
 from partition.parallel import each
 from partition.pipeline import place, policy
@@ -96,13 +97,7 @@ def drawn(results: Sequence[Result], path: str | Path) -> Path:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot draw: {error}", where=str(path), mend="name a .png, .svg or .pdf that you may write") from None
-    finally:
-        plt.close(figure)
-    return Path(path)
+    return outputs.drawn(figure, path)
 
 
 def profile(results: Sequence[Result], within: Sequence[float] = (1.0, 1.01, 1.05, 1.2, 2.0)) -> dict[str, tuple[float, ...]]:

@@ -68,6 +68,11 @@ class Chain:
         """Meshes of each kind."""
         return tuple(map(len, self.kinds))
 
+    @property
+    def most(self) -> float:
+        """What no longest load is longer than [s]: all work on the slowest kind that is able, and all that crosses given out and taken in."""
+        return float(np.where(np.isfinite(self.work), self.work, 0.0).max(axis=1).sum()) + 2 * sum(c.cost for c in self.crossings) * float(self.port.max())
+
     def laid(self, stages: Iterable[tuple[int, Iterable[int]]], taken: Sequence[int] | None = None) -> dict[int, int]:
         """Mesh of each node of stages, each a kind and its groups; a stage takes the next mesh of its kind after those `taken` [k]."""
         used, found = list(taken or [0] * len(self.kinds)), dict[int, int]()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,7 @@ SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
 def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]:
     """Objective -> what it may be at most, as the command line says. Raises NameUnknownError, PlacementError."""
     from partition.errors import PlacementError
-    from partition.problem import LIMITS
+    from partition.problem import LIMITS, hold_limits
 
     found = {}
     for text in [*(said or ()), *(f"{name}={value}" for name, value in short.items() if value is not None)]:
@@ -89,8 +90,9 @@ def limited(said: Sequence[str] | None, **short: str | None) -> dict[str, float]
         if name not in LIMITS:
             raise NameUnknownError.among("limit", name, LIMITS, where="--limit")
         found[name] = _number(value.strip(), time=name in ("ttft", "tpot", "e2e"))
-        if not (found[name] > 0 or (name == "crossings" and found[name] == 0)):
+        if math.isnan(found[name]):
             raise PlacementError(f"{value!r} is no limit of {name}", where=f"--limit {text}", mend="write a number above 0, such as --limit ttft=0.5 or --limit tpot='20 ms'")
+        hold_limits({name: found[name]}, where=f"--limit {text}")
     return found
 
 
@@ -137,7 +139,8 @@ def plan_command(
     sharding: Sharding = "search", costs: Times = None, sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
 ) -> None:  # fmt: skip
     """Plan a model on a cluster."""
-    from partition.pipeline import to_json, writable
+    from partition.outputs import writable
+    from partition.pipeline import to_json
 
     writable(out, dump)
     most = limited(limits, ttft=ttft, tpot=tpot)
@@ -177,7 +180,8 @@ def check_command(
 ) -> None:  # fmt: skip
     """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
     from partition import equivalence, execution, numerics, reporting
-    from partition.pipeline import sibling, writable, write
+    from partition.outputs import writable, write
+    from partition.pipeline import sibling
     from partition.program import compile_cache
 
     compile_cache()
@@ -217,6 +221,7 @@ def check_command(
 def _drift(title: str, result: Any, against: Path, accept: str | None, budget: float | None) -> list[str]:
     """How a run drifted from a recorded one; empty where it did not, or was recorded anew."""
     from partition import baselines
+    from partition.distances import TOLERANCE
 
     if accept is not None or not against.exists():
         if accept is None:
@@ -225,7 +230,7 @@ def _drift(title: str, result: Any, against: Path, accept: str | None, budget: f
         print(f"recorded {against}: {accept}", file=sys.stderr)
         return []
     old = baselines.load(against)
-    moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(baselines.BUDGET, budget))
+    moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(TOLERANCE, budget))
     if not moved:
         return []
     return [f"DRIFTED from {against} ({old['title']}; taken as right because: {old['reason']})", *(f"  {m}" for m in moved), *(f"  since then {c}" for c in changed)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from partition import equivalence, execution, pipeline, reporting
+from partition import equivalence, execution, outputs, pipeline, reporting
 from partition.explanation import explain
 from partition.pipeline import Plan, plan
 
@@ -17,7 +17,7 @@ NEW_TOKENS = 24
 def demo(out: Path, *, random_init: bool, progress: Callable[[str], None]) -> str:
     """Plan Llama-3.1-70B; plan, run and check SmolLM2-135M; write both plans under `out`; give what to print."""
     progress("plan llama-3.1-70b on trn2_efa_4cs3")
-    pipeline.writable(out)
+    outputs.writable(out)
     fn, args = pipeline.model("llama-3.1-70b")(batch=1, prompt=2048, new_tokens=256)
     big = plan(fn, args, cluster="trn2_efa_4cs3", policy="phase_split", title="Llama-3.1-70B, batch 1, prompt 2048 + 256 tokens")
     big.save(out / "llama-3.1-70b")

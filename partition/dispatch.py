@@ -25,17 +25,8 @@ class Transfer:
     times: int
 
 
-class Machine(Protocol):
-    """What a walk needs done. Arrays are opaque to the walk."""
-
-    def given(self, value: Value, mesh: int) -> Any:
-        """An argument, weight, constant or literal, as it lies on a mesh."""
-
-    def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
-        """Run a stage; trip is -1 outside the token loop."""
-
-    def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
-        """Bring an array to another mesh."""
+class Arrays(Protocol):
+    """What a walk does with arrays, which are opaque to it, wherever they lie."""
 
     def rows(self, array: Any, start: int, stop: int) -> Any:
         """Rows [start, stop) of a stacked array."""
@@ -46,17 +37,32 @@ class Machine(Protocol):
     def join(self, arrays: Sequence[Any]) -> Any:
         """Rows of several arrays one after the other."""
 
-    def stack(self, arrays: Sequence[Any], value: Value) -> Any:
-        """The results of all trips under a new leading dimension."""
-
     def copy(self, array: Any) -> Any:
         """An array of the same numbers that may be donated."""
 
-    def settle(self, array: Any, value: Value, mesh: int) -> Any:
-        """The array laid out as `value` lies on its mesh."""
-
     def truth(self, array: Any) -> bool:
         """The value of a loop's condition."""
+
+
+class Machine(Protocol):
+    """What a walk needs done by who computes."""
+
+    arrays: Arrays
+
+    def given(self, value: Value, mesh: int) -> Any:
+        """An argument, weight, constant or literal, as it lies on a mesh."""
+
+    def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
+        """Run a stage; trip is -1 outside the token loop."""
+
+    def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
+        """Bring an array to another mesh."""
+
+    def stack(self, arrays: Sequence[Any], value: Value) -> Any:
+        """The results of all trips under a new leading dimension."""
+
+    def settle(self, array: Any, value: Value, mesh: int) -> Any:
+        """The array laid out as `value` lies on its mesh."""
 
 
 class Walk:
@@ -91,7 +97,7 @@ class Walk:
             array = self.machine.given(value, mesh)
         else:
             parts = [self.part(source, value, mesh) for source in find(value, self.made)]
-            array = self.machine.settle(parts[0] if len(parts) == 1 else self.machine.join(parts), value, mesh)
+            array = self.machine.settle(parts[0] if len(parts) == 1 else self.machine.arrays.join(parts), value, mesh)
         self.put(value, mesh, array)
         return array
 
@@ -103,7 +109,7 @@ class Walk:
         if source != wanted and span is not None:
             first = source[1][0] if source[1] is not None else 0
             start, stop = max(span[0], first), span[1] if source[1] is None else min(span[1], source[1][1])
-            array, source = self.machine.rows(array, start - first, stop - first), (wanted[0], (start, stop))
+            array, source = self.machine.arrays.rows(array, start - first, stop - first), (wanted[0], (start, stop))
         return array if src == mesh else self.machine.move(array, source, src, mesh)
 
     def run(self) -> None:
@@ -140,7 +146,7 @@ class Walk:
         xs = {(v, s.mesh) for s in inner for v in s.inputs if v[0] in dict(plan.xs)}
         xs |= {((new, None), inner[0].mesh) for _, _, new in plan.carry if new in dict(plan.xs)}
         for (t, span), m in sorted(needed, key=str):
-            self.put((t, span), m, self.machine.settle(self.machine.copy(self.fetch((carry[t][0], span), m)), (t, span), m))
+            self.put((t, span), m, self.machine.settle(self.machine.arrays.copy(self.fetch((carry[t][0], span), m)), (t, span), m))
         maker = {v[0]: s.mesh for s in plan.body for v in s.outputs}
         stacks: dict[int, list[Any]] = {outside: [] for outside, _, stacked in plan.results if stacked}
         inside = {v[0] for s in plan.body for v in s.outputs} | set(carry)
@@ -150,7 +156,7 @@ class Walk:
                 self.rebind(needed, carry, inside)
             for v, m in sorted(xs, key=str):
                 place = trip if plan.op.loop is None or not plan.op.loop.reverse else plan.trips - 1 - trip
-                self.put(v, m, self.machine.settle(self.machine.row(self.fetch((dict(plan.xs)[v[0]], None), m), place), v, m))
+                self.put(v, m, self.machine.settle(self.machine.arrays.row(self.fetch((dict(plan.xs)[v[0]], None), m), place), v, m))
             for stage in plan.body:
                 self.compute(stage, trip)
             for outside, tensor, stacked in plan.results:
@@ -171,7 +177,7 @@ class Walk:
         self.compute(plan.cond, trip)
         assert plan.op.loop is not None and plan.op.loop.cond is not None
         answer = plan.op.loop.cond.outputs[0]
-        return self.machine.truth(self.fetch((answer, None), plan.cond.mesh))
+        return self.machine.arrays.truth(self.fetch((answer, None), plan.cond.mesh))
 
     def rebind(self, needed: set[tuple[Value, int]], carry: dict[int, tuple[int, int]], inside: set[int]) -> None:
         """What the last trip made becomes what the next one reads."""
@@ -215,6 +221,7 @@ class _Counter:
     def __init__(self, stages: Stages, trips: int):
         self.tensors = stages.program.graph.tensors
         self.trip, self.trips = -1, trips
+        self.arrays: Arrays = self
         self.moves: list[tuple[int, Value, int, int]] = []
 
     def given(self, value: Value, mesh: int) -> Any:

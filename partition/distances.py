@@ -51,7 +51,7 @@ class Difference:
             return f"{self.name} {self.dtype}{list(self.shape)}: equal bit for bit"
         what = f"{self.wrong} of {int(np.prod(self.shape))} elements differ, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP"
         bad = f", {self.invalid} NaN or infinite on one side only" if self.invalid else ""
-        first = f", first at {list(self.first)}" if self.first is not None and self.rms == 0 else ""
+        first = f", first at {list(self.first)}" if self.first is not None and "float" not in self.dtype else ""
         near = f", rms error against float64 {self.oracle[1]:.3g}, the uncut program's own {self.oracle[0]:.3g}" if self.oracle is not None else ""
         return f"{self.name} {self.dtype}{list(self.shape)}: {what}{first}{bad}{near}; bound {self.bound:g} of scale: {'within' if self.equal else 'BEYOND'}"
 
@@ -131,17 +131,19 @@ class Choices:
         return f"{self.name}: KL {self.kl[0]:.2g} nats (at most {self.kl[1]:.2g}), the likeliest token agrees in {100 * self.top1:.1f} % of {self.rows} rows, the five likeliest in {100 * self.top5:.1f} %"
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logarithms of the probabilities of logits [..., vocabulary]."""
+    top = logits - logits.max(axis=-1, keepdims=True)
+    shifted: np.ndarray = top - np.log(np.exp(top).sum(axis=-1, keepdims=True))
+    return shifted
+
+
 def choices(name: str, reference: Any, candidate: Any) -> Choices:
     """Compare logits [..., vocabulary] as distributions."""
     a, b = (np.asarray(_jax.to_numpy(x), np.float64) for x in (reference, candidate))
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
 
-    def log(x: np.ndarray) -> np.ndarray:
-        top = x - x.max(axis=-1, keepdims=True)
-        shifted: np.ndarray = top - np.log(np.exp(top).sum(axis=-1, keepdims=True))
-        return shifted
-
-    p, q = log(a), log(b)
+    p, q = log_softmax(a), log_softmax(b)
     with np.errstate(invalid="ignore"):
         kl = np.where(np.exp(p) > 0, np.exp(p) * (p - q), 0.0).sum(axis=-1)
     order = [np.argsort(-x, axis=-1, kind="stable")[:, :5] for x in (a, b)]

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from partition import _jax, divergence
-from partition._jax.lifting import Float64, interpreted
+from partition._jax.lifting import float64
 from partition._jax.likeness import unlike
 from partition.dispatch import transfers
 from partition.distances import Choices, Difference, against, choices, compare
 from partition.errors import EquivalenceError, ExecutionError
-from partition.execution import Record, Runner, _bind, prepare, strict_options, uncut
+from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
+from partition.graph import Value
 from partition.references import References, logits
 from partition.stages import Stage, Stages
 
@@ -88,23 +89,30 @@ def check(
         return _two(stages, *args, tolerance=tolerance, oracle=oracle)
     program = stages.program
     runner = runner or prepare(stages, strict=strict)
-    loaded = _bind(program, args)
+    loaded = bound_inputs(program, args)
     result, record = runner.run(loaded, keep=trips)
     reference = uncut(program, strict=strict)(*args)
     chosen = logits(program)
     refs = References(stages, loaded, strict, trips, more=frozenset(t for t, _ in chosen))
     outputs = _compared(reference, result, tolerance)
-    boundaries, culprit, seen = _boundaries(stages, record, refs, tolerance, trips)
-    culprit = divergence.misread(stages) or culprit
+    kept, misread = _kept(stages, record, refs), divergence.misread(stages)
+    boundaries = tuple(compare(k.name, k.reference, k.array, tolerance) for k in kept)
+    culprit = misread
+    if culprit is None and not all(d.equal for d in boundaries):
+        culprit = divergence.culprit(stages, record, refs, lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d))
     equal = all(d.equal for d in outputs) and culprit is None
+    before = {s.id for s in itertools.takewhile(lambda s: isinstance(s, Stage), stages.steps) if isinstance(s, Stage)}
+    seen = any(not d.equal and (k.trip < trips if k.trip >= 0 else k.stage in before) for d, k in zip(boundaries, kept, strict=True))
     longer = stages.problem.workload.trips if any(s.region == "body" for s in stages.all) else 0
-    if not equal and not seen and trips + 1 < longer and divergence.misread(stages) is None:  # it diverges later than was looked
+    if not equal and not seen and trips + 1 < longer and misread is None:  # it diverges later than was looked
         return check(stages, *args, strict=strict, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
     bitwise = equal and all(d.bitwise for d in outputs)
-    inner = sum(not d.bitwise for d in boundaries)
-    right, sharding = _reasons(stages, args, reference, runner, tolerance, strict=strict, equal=equal, bitwise=bitwise, inner=inner)
+    right, sharding = _reasons(stages, args, reference, runner, outputs, boundaries, tolerance, strict=strict, equal=equal)
     if oracle:
-        outputs, boundaries = _with_oracle(stages, loaded, record, refs, outputs, boundaries, reference, result, trips)
+        truth = References(stages, loaded, strict, trips, wide=True)
+        wanted = [truth.get((t, None), -1) for t in program.graph.outputs]
+        outputs = _against(outputs, wanted, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result))
+        boundaries = _against(boundaries, [truth.get(k.value, k.trip) for k in kept], [k.reference for k in kept], [k.array for k in kept])
     verdict = Verdict(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=boundaries, culprit=culprit, cut=right, sharding=sharding,
         tokens=() if bitwise and all(d.bitwise for d in boundaries) else _tokens(stages, record, refs, chosen),
@@ -112,22 +120,26 @@ def check(
         trips=record.trips, planned_trips=stages.problem.workload.trips, seconds=record.seconds,
         options=dict(strict_options()) if strict else {},
     )  # fmt: skip
-    _hold_numbers(outputs, reference)
+    _hold_numbers(verdict, reference)
     if not equal and (fickle := divergence.fickle(program, [loaded[t] for t in program.graph.inputs])) is not None:
-        raise EquivalenceError("the model does not give the same numbers twice", where=fickle, mend="give it keys as arguments, or take out what changes from run to run")
+        raise _refused(verdict, "the model does not give the same numbers twice", where=fickle, mend="give it keys as arguments, or take out what changes from run to run")
     if not equal:
-        error = EquivalenceError("cut and uncut program differ", where=culprit or "; ".join(str(d) for d in outputs if not d.equal),
-                                 mend="look at the op named: its stage, its sharding, or the value that reached it")  # fmt: skip
-        error.verdict = verdict
-        raise error
+        raise _refused(verdict, "cut and uncut program differ", where=culprit or "; ".join(str(d) for d in outputs if not d.equal), mend="look at the op named: its stage, its sharding, or the value that reached it")
     return verdict
 
 
-def _hold_numbers(outputs: Sequence[Difference], reference: Any) -> None:
+def _refused(verdict: Verdict, what: str, *, where: str, mend: str) -> EquivalenceError:
+    error = EquivalenceError(what, where=where, mend=mend)
+    error.verdict = verdict
+    return error
+
+
+def _hold_numbers(verdict: Verdict, reference: Any) -> None:
     """Raises EquivalenceError for an output without a number: NaN that equals NaN shows nothing."""
-    for d, leaf in zip(outputs, jax.tree_util.tree_leaves(reference), strict=True):
-        if "float" in d.dtype and (array := _jax.to_numpy(leaf)).size and not np.isfinite(array.astype(np.float64)).any() and np.isnan(array.astype(np.float64)).all():
-            raise EquivalenceError(f"every number of output {d.name} is NaN, so nothing is shown", where=f"{d.dtype}{list(d.shape)} of the uncut program", mend="look for the first NaN: jax.config.update('jax_debug_nans', True)")
+    for d, leaf in zip(verdict.outputs, jax.tree_util.tree_leaves(reference), strict=True):
+        if "float" in d.dtype and (array := _jax.to_numpy(leaf)).size and np.isnan(array.astype(np.float64)).all():
+            what = f"every number of output {d.name} is NaN, so nothing is shown"
+            raise _refused(dataclasses.replace(verdict, equal=False, bitwise=False, culprit=what), what, where=f"{d.dtype}{list(d.shape)} of the uncut program", mend="look for the first NaN: jax.config.update('jax_debug_nans', True)")
 
 
 def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tolerance: Mapping[str, float] | None, oracle: bool) -> Verdict:
@@ -140,11 +152,9 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
     if str(one) != str(other):
         raise EquivalenceError("the two give results of other structures", where=f"{str(one)[:80]} and {str(other)[:80]}", mend="let both give the same tree of arrays")
     outputs, culprit = _compared(want, got, tolerance), None
-    _hold_numbers(outputs, want)
     if oracle:
-        with jax.enable_x64(True):
-            truth = jax.jit(interpreted(jax.make_jaxpr(reference)(*args), Float64()))(*jax.tree_util.tree_leaves(args))
-        outputs = tuple(against(d, t, a, b) for d, t, a, b in zip(outputs, truth, jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got), strict=True))
+        truth = float64(jax.make_jaxpr(reference)(*args), jax.tree_util.tree_leaves(args))
+        outputs = _against(outputs, truth, jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got))
     equal = all(d.equal for d in outputs)
     if not equal and (found := unlike(jax.make_jaxpr(reference)(*args), jax.make_jaxpr(candidate)(*args))) is not None:
         way, how = found
@@ -154,10 +164,9 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=(), stages=0, moved_bytes=0, planned_bytes=0,
         trips=None, planned_trips=0, seconds=time.perf_counter() - start, options={},
     )  # fmt: skip
+    _hold_numbers(verdict, want)
     if not equal:
-        error = EquivalenceError("reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the first equation that is another")
-        error.verdict = verdict
-        raise error
+        raise _refused(verdict, "reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the first equation that is another")
     return verdict
 
 
@@ -169,51 +178,32 @@ def _compared(reference: Any, result: Any, tolerance: Mapping[str, float] | None
 
 
 def _reasons(
-    stages: Stages, args: tuple[Any, ...], reference: Any, runner: Runner, tolerance: Mapping[str, float] | None, *, strict: bool, equal: bool, bitwise: bool, inner: int,
+    stages: Stages, args: tuple[Any, ...], reference: Any, runner: Runner, outputs: Sequence[Difference], boundaries: Sequence[Difference], tolerance: Mapping[str, float] | None, *, strict: bool, equal: bool,
 ) -> tuple[str, str]:  # fmt: skip
     """Whether the cut is right, and whether sharding matters; where bits differ, found by running the stages in another way."""
-    shared = any(mesh.size > 1 for mesh in runner.meshes.values())
+    shared, inner = any(mesh.size > 1 for mesh in runner.meshes.values()), sum(not d.bitwise for d in boundaries)
     none = "no mesh is sharded: one host device stands for each"
-    if bitwise and not inner:
-        return "yes, bit for bit", "no: bit for bit with it too" if shared else none
-    if bitwise:
-        return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ by the order of its sums" if shared else none
     if not equal:
         return "NO", "not told: the cut is not right" if shared else none
-    alone = _compared(reference, prepare(stages, strict=strict, alone=True)(*args), tolerance) if shared else _compared(reference, runner(*args), tolerance)
-    sharding = none
+    if all(d.bitwise for d in outputs):
+        if not inner:
+            return "yes, bit for bit", "no: bit for bit with it too" if shared else none
+        return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ by the order of its sums" if shared else none
+    alone, sharding = outputs, none
     if shared:
-        worst = max(_compared(reference, runner(*args), tolerance), key=lambda d: d.relative)
+        alone, worst = _compared(reference, prepare(stages, strict=strict, alone=True)(*args), tolerance), max(outputs, key=lambda d: d.relative)
         sharding = f"yes, by the order of its sums: {worst}" if all(d.bitwise for d in alone) else f"it adds to what the cut changes: {worst}"
     if all(d.bitwise for d in alone):
         return "yes, bit for bit on one host device a mesh", sharding
-    if not strict:
-        exact = _compared(uncut(stages.program)(*args), prepare(stages, alone=True)(*args), tolerance)
-        if all(d.bitwise for d in exact):
-            return "yes: bit for bit under strict options; the default ones fuse across the cut and keep excess precision", sharding
+    if not strict and all(d.bitwise for d in _compared(uncut(stages.program)(*args), prepare(stages, alone=True)(*args), tolerance)):
+        return "yes: bit for bit under strict options; the default ones fuse across the cut and keep excess precision", sharding
     return "yes, within bounds: the compiler orders or fuses a part otherwise than the whole (such as a loop of one trip)", sharding
 
 
-def _with_oracle(
-    stages: Stages, loaded: Mapping[int, Any], record: Record, refs: References, outputs: tuple[Difference, ...], boundaries: tuple[Difference, ...], reference: Any, result: Any, trips: int,
-) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:  # fmt: skip
-    """The same differences, with the errors of both sides against float64."""
-    truth = References(stages, loaded, True, trips, wide=True)
-    wanted = [truth.get((t, None), -1) for t in stages.program.graph.outputs]
-    leaves = zip(outputs, wanted, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result), strict=True)
-    held = tuple(against(d, t, a, b) if t is not None else d for d, t, a, b in leaves)
-    found = []
-    kept = [(key, array) for table in (record.read, record.kept) for key, array in table.items() if _comparable(stages, key, refs)]
-    for d, ((_, trip, value), array) in zip(boundaries, kept, strict=True):
-        true, plain = truth.get(value, trip), refs.get(value, trip)
-        found.append(d if true is None or plain is None else against(d, true, plain, array))
-    return held, tuple(found)
-
-
-def _comparable(stages: Stages, key: tuple[int, int, Any], refs: References) -> bool:
-    stage_id, trip, value = key
-    region = next(s.region for s in stages.all if s.id == stage_id)
-    return region != "cond" and refs.get(value, trip) is not None
+def _against(differences: Sequence[Difference], truth: Sequence[Any], reference: Sequence[Any], candidate: Sequence[Any]) -> tuple[Difference, ...]:
+    """Differences with the errors of both sides against float64, where there is such a value."""
+    rows = zip(differences, truth, reference, candidate, strict=True)
+    return tuple(d if t is None else against(d, t, a, b) for d, t, a, b in rows)
 
 
 def _tokens(stages: Stages, record: Record, refs: References, chosen: tuple[tuple[int, str], ...]) -> tuple[Choices, ...]:
@@ -242,18 +232,24 @@ def _unseen(trips: int, all_trips: int) -> tuple[str, ...]:
     return (f"inside the token loop, values at stage boundaries were compared for the first {trips} of {all_trips} trips and the last",) if trips + 1 < all_trips else ()
 
 
-def _boundaries(stages: Stages, record: Record, refs: References, tolerance: Mapping[str, float] | None, trips: int) -> tuple[tuple[Difference, ...], str | None, bool]:
-    """Every kept value against its reference, in the order of the run; the first culprit; and whether something differs before the first `trips` trips are over."""
-    found: list[Difference] = []
-    early = {s.id for s in itertools.takewhile(lambda s: isinstance(s, Stage), stages.steps) if isinstance(s, Stage)}
-    seen = False
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Kept:
+    """A value that a stage read or made, and the uncut program's."""
+
+    name: str
+    stage: int
+    trip: int
+    value: Value
+    array: np.ndarray
+    reference: np.ndarray
+
+
+def _kept(stages: Stages, record: Record, refs: References) -> list[_Kept]:
+    """What was kept of a run and the uncut program has as well: what stages read, in the order of the run, then what they made."""
+    found, conditions = [], {s.id for s in stages.all if s.region == "cond"}
     for source, table in (("read by", record.read), ("made by", record.kept)):
-        for key, array in table.items():
-            if not _comparable(stages, key, refs):
-                continue
-            stage_id, trip, value = key
-            where = f"value {value[0]}{'' if value[1] is None else list(value[1])} {source} stage {stage_id}" + (f", trip {trip}" if trip >= 0 else "")
-            found.append(compare(where, refs.get(value, trip), array, tolerance))
-            seen |= not found[-1].equal and (trip < trips if trip >= 0 else stage_id in early)
-    differs: Callable[[Any, Any], str] = lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d)  # noqa: E731
-    return tuple(found), divergence.culprit(stages, record, refs, differs) if any(not d.equal for d in found) else None, seen
+        for (stage, trip, value), array in table.items():
+            if stage not in conditions and (reference := refs.get(value, trip)) is not None:
+                name = f"value {value[0]}{'' if value[1] is None else list(value[1])} {source} stage {stage}" + (f", trip {trip}" if trip >= 0 else "")
+                found.append(_Kept(name=name, stage=stage, trip=trip, value=value, array=array, reference=reference))
+    return found

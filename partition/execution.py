@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from partition import _jax
 from partition._jax.lifting import floats
 from partition._jax.rewriting import unconstrained, wide_sums
-from partition.dispatch import Walk
+from partition.dispatch import Arrays, Walk
 from partition.errors import ExecutionError, told
 from partition.graph import OPAQUE, Value, bodies
 from partition.hardware import Precision
@@ -190,7 +190,7 @@ class Runner:
 
         Raises ExecutionError that names the leaf which differs.
         """
-        return _bind(self.program, args)
+        return bound_inputs(self.program, args)
 
     def run(self, loaded: Mapping[int, Any], *, placed: dict[tuple[Value, int], Any] | None = None, keep: int = -1) -> tuple[Any, Record]:
         """Run a loaded request: (result, record).
@@ -214,11 +214,31 @@ class Runner:
         return self.run(self.load(*args))[0]
 
 
+class HostArrays:
+    """What a walk does with JAX's arrays."""
+
+    def rows(self, array: Any, start: int, stop: int) -> Any:
+        return array[start:stop]
+
+    def row(self, array: Any, index: int) -> Any:
+        return array[index]
+
+    def join(self, arrays: Sequence[Any]) -> Any:
+        return jnp.concatenate(arrays)
+
+    def copy(self, array: Any) -> Any:
+        return jnp.copy(array)
+
+    def truth(self, array: Any) -> bool:
+        return bool(array)
+
+
 class _Computer:
     """The machine that computes: compiled stages on host devices, `device_put` between them."""
 
     def __init__(self, runner: Runner, loaded: Mapping[int, Any], placed: dict[tuple[Value, int], Any], keep: int):
         self.runner, self.loaded, self.placed, self.keep = runner, loaded, placed, keep
+        self.arrays: Arrays = HostArrays()
         self.moved: list[Moved] = []
         self.kept: dict[tuple[int, int, Value], np.ndarray] = {}
         self.read: dict[tuple[int, int, Value], np.ndarray] = {}
@@ -251,31 +271,17 @@ class _Computer:
         self.moved.append(Moved(value=value, src=src, dst=dst, nbytes=nbytes))
         return jax.device_put(array, self.runner.sharding(value, dst))
 
-    def rows(self, array: Any, start: int, stop: int) -> Any:
-        return array[start:stop]
-
-    def row(self, array: Any, index: int) -> Any:
-        return array[index]
-
-    def join(self, arrays: Sequence[Any]) -> Any:
-        return jnp.concatenate(arrays)
-
     def stack(self, arrays: Sequence[Any], value: Value) -> Any:
         aval = self.runner.lowered.avals[value[0]]
         return jnp.stack(arrays) if arrays else jnp.zeros(aval.shape, aval.dtype)
-
-    def copy(self, array: Any) -> Any:
-        return jnp.copy(array)
 
     def settle(self, array: Any, value: Value, mesh: int) -> Any:
         sharding = self.runner.sharding(value, mesh)
         return array if array.sharding.is_equivalent_to(sharding, array.ndim) else jax.device_put(array, sharding)
 
-    def truth(self, array: Any) -> bool:
-        return bool(array)
 
-
-def _bind(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
+def bound_inputs(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
+    """The leaves of arguments by tensor. Raises ExecutionError for those that were not traced so."""
     entry = program.entry
     leaves, tree = jax.tree_util.tree_flatten(args)
     if tree != entry.in_tree:
@@ -309,7 +315,7 @@ def uncut(program: Program, *, strict: bool = True) -> Callable[..., Any]:
     fn = jax.jit(_jax.as_function(program.entry.jaxpr), compiler_options=options)
 
     def call(*args: Any) -> Any:
-        bound = _bind(program, args)
+        bound = bound_inputs(program, args)
         return jax.tree_util.tree_unflatten(program.entry.out_tree, fn(*[bound[t] for t in program.graph.inputs]))
 
     return call

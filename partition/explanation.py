@@ -104,7 +104,7 @@ def flips(problem: Problem, wins: Callable[[Problem], bool]) -> float | None:
     kinds = np.array(problem.kinds)
     across = kinds[:, None] != kinds[None, :]
 
-    def at(beta: float) -> bool:
+    def at(beta: float) -> bool:  # ports give at least what is tried, so that it alone decides
         return wins(dataclasses.replace(problem, beta=np.where(across & (problem.beta > 0), beta, problem.beta), wire=np.where(across & (problem.wire > 0), np.maximum(beta, problem.wire), problem.wire)))
 
     low, high = 1e3, 1e15
@@ -180,7 +180,7 @@ def _sentence(answer: Answer, price: float, cheaper: bool, faster: bool) -> str:
     ingest = f"above {rate(answer.ingest)} of ingest" if answer.ingest is not None else f"{'at any' if cheaper else 'at no'} bandwidth between the two"
     speed = f"faster end to end above {rate(answer.flip_beta)}" if answer.flip_beta is not None else f"{'faster' if faster else 'slower'} end to end at any bandwidth"
     return (
-        f"At {answer.rate:g} requests/s{f' of {n} sequences each' if (n := split.fleet.problem.workload.batch) > 1 else ''} the announced split {_numbers(split)}; idle but for one request, its machines cost {dollars(split.estimate.usd_reserved)}, saturated "
+        f"At {answer.rate:g} request{'s' * (answer.rate != 1)}/s{f' of {n} sequences each' if (n := split.fleet.problem.workload.batch) > 1 else ''} the announced split {_numbers(split)}; idle but for one request, its machines cost {dollars(split.estimate.usd_reserved)}, saturated "
         f"{dollars(split.estimate.usd_per_mtok)}. The cheapest alternative ({answer.best.name}) {_numbers(answer.best)}. At this load the split pays {ingest}, and "
         f"{money}. One request alone is {speed} than on one kind of machine."
     )

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition import _jax
-from partition.dispatch import Walk, transfers
+from partition.dispatch import Arrays, Walk, transfers
 from partition.errors import ExecutionError, OutputError, told
-from partition.execution import _bind, strict_options
+from partition.execution import HostArrays, bound_inputs, strict_options
 from partition.graph import Role, Tensor, Value
 from partition.pipeline import versions
 from partition.stages import LoopPlan, Stage, Stages
@@ -63,7 +63,7 @@ def _manifest(stages: Stages, folder: Path, args: tuple[Any, ...]) -> dict[str, 
     used = sorted({v[0] for s in stages.all for v in (*s.inputs, *s.outputs)} | set(graph.inputs) | set(graph.outputs) | {t for s in stages.steps if isinstance(s, LoopPlan) for t in _touched(s)})
     held = {f"const {t}": _jax.to_numpy(v) if _jax.is_key(lowered.avals[t]) else np.asarray(v, lowered.avals[t].dtype) for t, v in lowered.values.items() if t in used}
     if args:
-        held |= {f"input {t}": _jax.to_numpy(leaf) if _jax.is_key(lowered.avals[t]) else np.asarray(leaf, lowered.avals[t].dtype) for t, leaf in _bind(program, args).items()}
+        held |= {f"input {t}": _jax.to_numpy(leaf) if _jax.is_key(lowered.avals[t]) else np.asarray(leaf, lowered.avals[t].dtype) for t, leaf in bound_inputs(program, args).items()}
     arrays = _save(held, folder, files)
     cluster = problem.cluster
     return {
@@ -166,9 +166,8 @@ def _stages(manifest: Mapping[str, Any]) -> Any:
             return rows[raw]
         cond = None if raw["answer"] is None else SimpleNamespace(outputs=(raw["answer"],))
         op: Any = SimpleNamespace(loop=SimpleNamespace(kind=raw["kind"], reverse=raw["reverse"], cond=cond))
-        triples = [(tuple(r[0:2]), bool(r[2])) for r in raw["results"]]
-        return LoopPlan(op=op, trips=raw["trips"], cond=None if raw["cond"] is None else rows[raw["cond"]], body=tuple(rows[i] for i in raw["body"]), carry=tuple((a, b, c) for a, b, c in raw["carry"]),
-                        xs=tuple((a, b) for a, b in raw["xs"]), results=tuple((a, b, every) for (a, b), every in triples))  # fmt: skip
+        return LoopPlan(op=op, trips=raw["trips"], cond=None if raw["cond"] is None else rows[raw["cond"]], body=tuple(rows[i] for i in raw["body"]), carry=tuple(map(tuple, raw["carry"])),
+                        xs=tuple(map(tuple, raw["xs"])), results=tuple((a, b, every) for a, b, every in raw["results"]))  # fmt: skip
 
     graph = SimpleNamespace(tensors=tensors, outputs=tuple(manifest["outputs"]))
     return SimpleNamespace(program=SimpleNamespace(graph=graph), steps=tuple(map(step, manifest["steps"])))
@@ -179,6 +178,7 @@ class _Machine:
 
     def __init__(self, exported: Exported, given: Mapping[int, Any]):
         self.of, self.loaded = exported, given
+        self.arrays: Arrays = HostArrays()
 
     def typed(self, t: int, array: Any) -> Any:
         dtype = self.of.manifest["tensors"][str(t)]["dtype"]
@@ -197,27 +197,12 @@ class _Machine:
     def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
         return array
 
-    def rows(self, array: Any, start: int, stop: int) -> Any:
-        return array[start:stop]
-
-    def row(self, array: Any, index: int) -> Any:
-        return array[index]
-
-    def join(self, arrays: Sequence[Any]) -> Any:
-        return jnp.concatenate(arrays)
-
     def stack(self, arrays: Sequence[Any], value: Value) -> Any:
         row = self.of.manifest["tensors"][str(value[0])]
         return jnp.stack(arrays) if arrays else jnp.zeros(row["shape"], row["dtype"])
 
-    def copy(self, array: Any) -> Any:
-        return jnp.copy(array)
-
     def settle(self, array: Any, value: Value, mesh: int) -> Any:
         return array
-
-    def truth(self, array: Any) -> bool:
-        return bool(array)
 
 
 def load(folder: str | Path) -> Exported:

@@ -55,7 +55,7 @@ def devices_of(problem: Problem, mesh: int) -> int:
 
 
 def fleet(problem: Problem, placement: Placement, rate: float, *, busiest: float = 0.8) -> Fleet:
-    """What a placement takes at `rate` requests/s (of the problem's batch each), no machine busier than `busiest` of the time.
+    """What a placement takes at `rate` requests/s (of the problem's batch each), no machine busier than `busiest` of the time (four fifths unless told: assumed).
 
     A copy of a mesh serves one request for as long as it is occupied with it, or its links are, whichever is longer. Waits are those of M/D/k queues: half of what
     Erlang's C gives. Source: Erlang (1917); Allen-Cunneen approximation for k servers (Allen, 1990). Raises PlacementError for a rate or a share that is none.

@@ -42,6 +42,14 @@ class Resident:
     nbytes: float
 
 
+def by_value(flows: Sequence[Flow]) -> list[list[int]]:
+    """The numbers of the flows of each value of each block, which crosses once to each mesh: the one that goes most often first."""
+    found: dict[tuple[Value, int], list[int]] = {}
+    for i, f in enumerate(flows):
+        found.setdefault((f.value, f.src), []).append(i)
+    return [sorted(numbers, key=lambda i: -flows[i].times) for numbers in found.values()]
+
+
 class _Sources:
     """Who makes what, by tensor."""
 

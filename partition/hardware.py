@@ -148,12 +148,12 @@ class Precision:
     float8: the format that this device has for 8 bits. kind and source: how this is known.
     """
 
+    kind: Kind
+    source: str
     multiply: str = "program"
     accumulate: str = "float32"
     result: str = "program"
     float8: str = "float8_e4m3fn"
-    kind: str = "assumed"
-    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

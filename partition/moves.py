@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from partition.errors import PlacementError
+from partition.flow import by_value
 from partition.phases import Phase
 from partition.problem import Placement, Problem
 
@@ -46,10 +47,7 @@ class Moves:
         self.links: dict[tuple[int, int], float] = {}
         self.ports = [0.0] * m
         self.impossible = 0  # transfers without a link, nodes on meshes that cannot run them
-        values: dict[object, list[int]] = {}
-        for i, f in enumerate(problem.flows):
-            values.setdefault((f.value, f.src), []).append(i)
-        self.values = list(values.values())
+        self.values = by_value(problem.flows)
         self.touching: list[list[int]] = [[] for _ in problem.names]
         self.feeds: list[set[int]] = [set() for _ in problem.names]  # nodes of both phases that a node reads
         for v, flows in enumerate(self.values):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from partition._jax import to_numpy
-from partition.distances import Choices, choices
+from partition.distances import Choices, choices, log_softmax
 from partition.errors import ExecutionError, NameUnknownError
 from partition.execution import Target, prepare
 from partition.phases import Phase
@@ -88,10 +88,7 @@ def _run(stages: Stages, args: tuple[Any, ...], target: Target | None, progress:
 
 def perplexity(logits: np.ndarray, text: np.ndarray) -> float:
     """exp of the mean negative log-likelihood of a text [batch, n] under logits [batch, n, vocabulary]."""
-    x = logits.astype(np.float64)
-    top = x.max(axis=-1, keepdims=True)
-    norm = np.log(np.exp(x - top).sum(axis=-1)) + top[..., 0]
-    return float(np.exp((norm - np.take_along_axis(x, text[..., None].astype(np.int64), axis=-1)[..., 0]).mean()))
+    return float(np.exp(-np.take_along_axis(log_softmax(logits.astype(np.float64)), text[..., None].astype(np.int64), axis=-1).mean()))
 
 
 def _effect(name: str, base: Sequence[np.ndarray], result: Sequence[np.ndarray], crossed: int, text: np.ndarray | None) -> Effect:

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from partition.errors import NameUnknownError, OutputError, PartitionError, Plac
 from partition.evaluation import Estimate, evaluate, verify
 from partition.hardware import Cluster
 from partition.limits import within
+from partition.outputs import write
 from partition.policies import POLICIES, Policy
 from partition.problem import Placement, Problem
 from partition.soundness import hold_sound
@@ -164,40 +164,6 @@ def sibling(whole: Plan, model: str, *, seed: int = 0) -> tuple[Plan, tuple[Any,
     told = ("a sibling with small widths was run: the plan's cuts, not its numbers or its memory", *([f"{others} tensors are split otherwise at full width"] if others else []))
     placement = small.placement(whole.placement.mesh)
     return dataclasses.replace(whole, title=f"{whole.title}, shrunk", problem=small, placement=placement, estimate=evaluate(small, placement)), args, told
-
-
-def write(folder: str | Path, files: Mapping[str, str]) -> Path:
-    """Write files into a folder, all of them or none. Raises OutputError where that cannot be."""
-    folder, temporary = Path(folder), dict[str, str]()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            handle, temporary[name] = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            with os.fdopen(handle, "w") as file:
-                file.write(content)
-            os.chmod(temporary[name], 0o644)
-            if (folder / name).is_dir():
-                raise IsADirectoryError(0, f"{name} is a folder there")
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    except OSError as error:
-        why = "it is a file, not a folder" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise OutputError(f"cannot write {', '.join(files)}: {why}", where=str(folder), mend="name a folder that you may write to") from None
-    finally:
-        for path in temporary.values():
-            Path(path).unlink(missing_ok=True)
-    return folder
-
-
-def writable(*folders: str | Path | None) -> None:
-    """Find out, before any work is done, whether files can be written there. Raises OutputError."""
-    for folder in folders:
-        if folder is not None:
-            missing = [p for p in (Path(folder), *Path(folder).parents) if not p.exists()]
-            write(folder, {".partition": ""})
-            (Path(folder) / ".partition").unlink()
-            for made in missing:  # what the work does not come to fill is not left behind
-                made.rmdir()
 
 
 def model_bytes(args: Any) -> float:

@@ -68,7 +68,7 @@ def wire_bytes(array: Any, form: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Emulated:
     """The arithmetic of a device, for `interpreted`."""
 
     precision: Precision
@@ -105,7 +105,7 @@ def _summed(params: Mapping[str, Any], given: Sequence[Any], form: str) -> Any:
 
 def targeted(jaxpr: Any, precision: Precision) -> Any:
     """A stage's jaxpr as a function that computes it in a device's arithmetic, and gives values in the program's types."""
-    run = interpreted(jaxpr, Target(precision))
+    run = interpreted(jaxpr, Emulated(precision))
     types = [v.aval for v in _jax.body_of(jaxpr).outvars]
 
     def fn(*args: Any) -> list[Any]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pydantic
 
+from partition import outputs
 from partition.errors import InstanceError, OutputError, told
 from partition.flow import Flow, Resident
 from partition.phases import Phase
@@ -116,7 +115,7 @@ def _array(raw: Any, name: str) -> np.ndarray:
 
 def from_values(raw: Mapping[str, Any]) -> Problem:
     """A problem from plain values. Raises ValueError (pydantic's is one) for what is none."""
-    try:
+    try:  # as text: in strict Python values, a list is no tuple
         file = _File.model_validate_json(json.dumps(raw, allow_nan=False))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
@@ -162,15 +161,6 @@ def read(raw: Mapping[str, Any], where: str) -> Problem:
 def write(problem: Problem, path: str | Path) -> Path:
     """Write a problem to a file, whole or not at all. Raises OutputError."""
     path = Path(path)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(to_values(problem), file)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write the problem: {error.strerror}", where=str(path), mend="name a file in a folder that you may write to") from None
-    return path
+    if not path.parent.is_dir():
+        raise OutputError("cannot write the problem: there is no such folder", where=str(path), mend="name a file in a folder that you may write to")
+    return outputs.write(path.parent, {path.name: json.dumps(to_values(problem))}) / path.name

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partition.errors import InfeasibleError, NameUnknownError, OutputError, PlacementError
+from partition import outputs
+from partition.errors import InfeasibleError, NameUnknownError, PlacementError
 from partition.evaluation import evaluate
 from partition.parallel import each
 from partition.phases import Phase
@@ -116,10 +117,4 @@ def picture(frame: pd.DataFrame, x: str, y: str, path: str | Path) -> Path:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     figure.legend(handles=[Patch(color=c, label=n) for c, n in zip(colours, names, strict=True)], loc="outside upper center", ncols=min(3, len(names)), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot draw: {error}", where=str(path), mend="name a .png, .svg or .pdf that you may write") from None
-    finally:
-        plt.close(figure)
-    return Path(path)
+    return outputs.drawn(figure, path)

@@ -2,13 +2,18 @@
 
 import atexit
 import functools
+import itertools
 import os
 import shutil
 import tempfile
 from typing import Any
 
+import numpy as np
+
 from models import llama
 from partition import pipeline, profiles
+from partition.errors import InfeasibleError
+from partition.evaluation import evaluate, verify
 from partition.phases import Phases, tag
 from partition.problem import Problem, pose
 from partition.program import compile_cache, host_devices, trace
@@ -32,6 +37,19 @@ def posed(cluster: str = "trn2_efa_cs3", objective: str = "e2e", level: Any = "b
     """The problem of a small request on a cluster, split along its weights as no search would split a model so small."""
     phases, args = tagged(**options)
     return pose(phases, profiles.cluster(cluster), objective=objective, level=level, sharding="tensor"), args
+
+
+def shortest_load(problem: Problem) -> float:
+    """The shortest longest load of all placements that `verify` lets through: an oracle for small problems."""
+    best = np.inf
+    for mesh in itertools.product(range(len(problem.meshes)), repeat=len(problem)):
+        placement = problem.placement(mesh)
+        try:
+            verify(problem, placement)
+        except InfeasibleError:
+            continue
+        best = min(best, max(evaluate(problem, placement).occupied))
+    return best
 
 
 def alternating(problem: Problem) -> Any:

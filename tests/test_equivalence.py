@@ -191,8 +191,9 @@ def made(fn: Any, *args: Any) -> Any:
 
 def test_nan_everywhere_shows_nothing() -> None:
     w, x = np.full((4, 4), np.nan, np.float32), np.ones((2, 4), np.float32)
-    with pytest.raises(EquivalenceError, match="is NaN, so nothing is shown"):
+    with pytest.raises(EquivalenceError, match="is NaN, so nothing is shown") as caught:
         check(made(lambda w, x: x @ w, w, x), w, x)
+    assert not caught.value.verdict.equal and "NaN" in str(caught.value.verdict)  # type: ignore[attr-defined]
 
 
 def test_a_model_that_is_not_the_same_twice() -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "partition"
 
 FLOORS = {
-    "errors": 0, "symbols": 0, "units": 0, "tables": 0, "parallel": 1,
+    "errors": 0, "symbols": 0, "units": 0, "tables": 0, "parallel": 1, "outputs": 1,
     "hardware": 1, "overrides": 2, "graph": 1, "workload": 1,
     "profiles": 2, "_jax": 2,  "work": 2, "collectives": 2, "catalogue": 2, "loops": 2,
     "joint": 3, "passes": 3, "rules": 3, "sharding": 3,

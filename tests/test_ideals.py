@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import shortest_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,19 +26,6 @@ def made(maker: str, n: int, seed: int, counts: tuple[int, ...] = (2, 1)) -> Pro
     return getattr(suites, maker)(n, seed, counts)
 
 
-def brute(problem: Problem) -> float:
-    """The shortest longest load of all placements that are stages in an order."""
-    best = np.inf
-    for mesh in itertools.product(range(len(problem.meshes)), repeat=len(problem)):
-        placement = problem.placement(mesh)
-        try:
-            verify(problem, placement)
-        except InfeasibleError:
-            continue
-        best = min(best, max(evaluate(problem, placement).occupied))
-    return best
-
-
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["chain", "series_parallel", "layered"]), st.integers(0, 10_000), st.sampled_from([(2,), (2, 1), (1, 1)]))
 def test_ideal_dp_is_the_best_of_all_ordered_stages(maker: str, seed: int, counts: tuple[int, ...]) -> None:
@@ -46,7 +34,7 @@ def test_ideal_dp_is_the_best_of_all_ordered_stages(maker: str, seed: int, count
         return
     placement = verify(problem, POLICIES["ideal_dp"](problem))
     value = max(evaluate(problem, placement).occupied)
-    assert value == pytest.approx(brute(problem), rel=1e-9)
+    assert value == pytest.approx(shortest_load(problem), rel=1e-9)
     assert placement.bound is not None and -problem.workload.tokens / placement.bound[0] == pytest.approx(value)
 
 

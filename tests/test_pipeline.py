@@ -12,8 +12,9 @@ from conftest import posed
 
 from partition import pipeline
 from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, WorkError
+from partition.outputs import write
 from partition.phases import tag
-from partition.pipeline import place, request, write
+from partition.pipeline import place, request
 from partition.problem import Placement, Problem, pose
 from partition.profiles import cluster
 from partition.program import trace

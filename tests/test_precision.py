@@ -16,14 +16,14 @@ from models import llama
 from partition import numerics, profiles
 from partition.errors import ExecutionError, NameUnknownError
 from partition.execution import Target, prepare
-from partition.hardware import Precision
+from partition.hardware import Kind, Precision
 from partition.precision import rounded, scaled, targeted, wire_bytes
 
 NARROW = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float8_e4m3": ml_dtypes.float8_e4m3, "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
 
 
 def made(**said: str) -> Precision:
-    return Precision(kind="assumed", source="a test", **said)
+    return Precision(kind=Kind.ASSUMED, source="a test", **said)
 
 
 @pytest.mark.parametrize("form", sorted(NARROW))

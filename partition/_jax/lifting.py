@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from partition._jax import _callee, _scan_arity, body_of, consts_of
+from partition._jax import _callee, _scan_arity, body_of, consts_of, to_numpy
 from partition.graph import OPAQUE
 
 
@@ -108,3 +108,9 @@ class Float64:
 
     def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
         return [given[0]] if eqn.primitive.name == "reduce_precision" else lifted(eqn, given, np.float64)
+
+
+def float64(jaxpr: Any, args: Sequence[Any]) -> list[np.ndarray]:
+    """What a jaxpr gives with every float in float64, compiled as one."""
+    with jax.enable_x64(True):
+        return [to_numpy(x) for x in jax.jit(interpreted(jaxpr, Float64()))(*args)]

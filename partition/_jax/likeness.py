@@ -22,7 +22,9 @@ def unlike(want: Any, got: Any) -> tuple[tuple[Any, ...], str] | None:
             return f"{atom.val!r} of {atom.aval}"
         return names[side].setdefault(atom, len(names[side]))
 
-    for v, w in zip((*one.constvars, *one.invars), (*other.constvars, *other.invars), strict=False):
+    if len(one.invars) != len(other.invars) or len(one.constvars) != len(other.constvars):
+        return (), "its inputs are others"
+    for v, w in zip((*one.constvars, *one.invars), (*other.constvars, *other.invars), strict=True):
         if number(0, v) != number(1, w) or str(v.aval) != str(w.aval):
             return (), "its inputs are others"
     for a, b in zip(one.eqns, other.eqns, strict=False):

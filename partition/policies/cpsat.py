@@ -39,8 +39,7 @@ def cpsat(problem: Problem, *, limit: float = 120.0, seed: int = 0) -> Placement
     chain = reduced(problem, best=first.value if first is not None else float("inf"))
     if len(chain) * sum(chain.counts) > _LARGEST:
         raise PlacementError(f"{len(chain)} groups in {sum(chain.counts)} stages are too many", where="policy cpsat", mend="use the policy 'order_dp'")
-    whole = float(np.where(np.isfinite(chain.work), chain.work, 0.0).max(axis=1).sum()) + 2 * sum(c.cost for c in chain.crossings) * float(chain.port.max())
-    upper = first.value if first is not None else max(whole, 1e-30)
+    upper = first.value if first is not None else max(chain.most, 1e-30)
     best, bound = None if first is None else first.chain.placed(first.stages), 0.0
     for rounding in (np.floor, np.ceil):  # rounded down, what is proved holds; rounded up, what is found fits
         made = _Model(cp_model, chain, upper, rounding)

@@ -31,8 +31,7 @@ def milp(problem: Problem, *, limit: float = 60.0) -> Placement:
     stages = sum(chain.counts)
     if len(chain) * stages > _LARGEST:
         raise PlacementError(f"{len(chain)} groups in {stages} stages are too many", where="policy milp", mend=f"it is for {_LARGEST:,} at most: use 'ideal_dp' or 'order_dp'")
-    longest = float(np.where(np.isfinite(chain.work), chain.work, 0.0).max(axis=1).sum()) + 2 * sum(c.cost for c in chain.crossings) * float(chain.port.max())
-    best, found = _solved(chain, stages, first.value if first is not None else max(longest, 1e-30), limit)
+    best, found = _solved(chain, stages, first.value if first is not None else max(chain.most, 1e-30), limit)
     if found is None and first is None:
         raise InfeasibleError("no ordered stages fit", where=f"{len(problem)} nodes on {len(problem.meshes)} meshes", mend="use more meshes or larger ones")
     placement = chain.placed(found) if found is not None else first.chain.placed(first.stages)  # type: ignore[union-attr]
