@@ -256,7 +256,7 @@ def pose(
     runs = loop_trips(loop, graph, trips) if loop is not None else 0
     on_chip: set[int] = set()
     works = work(graph, weights=weights, trips=trips, on_chip=on_chip)
-    blocks = carried(like.blocks, like.phases.program.graph, graph) if like and like.phases else coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16)
+    blocks = coarsen(phases, level=level, most=min(m.capacity for m in cluster.meshes) / 16) if like is None else carried(like.blocks, like.phases, graph)
     splits = layouts(phases, works, cluster, trips, tensor=sharding == "tensor")
     flowing, lying = flows(blocks, phases, runs)
     names, layer = unique([b.scope or b.phase for b in blocks]), layer_of(phases, blocks)

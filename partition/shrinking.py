@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from partition.coarsen import Block
 from partition.errors import PlacementError
 from partition.graph import Graph
+from partition.phases import Phases
 
 
-def carried(blocks: Sequence[Block], theirs: Graph, ours: Graph) -> tuple[Block, ...]:
-    """The blocks of one program with the ops of another of the same structure in them. Raises PlacementError where it is not of the same."""
-    one, other = {op.id: op for op in theirs.walk()}, {op.id: op for op in ours.walk()}
+def carried(blocks: Sequence[Block], phases: Phases | None, ours: Graph) -> tuple[Block, ...]:
+    """The blocks of one program (of these phases) with the ops of another in them. Raises PlacementError where it is not of the same structure, or was loaded."""
+    if phases is None:
+        raise PlacementError("a loaded problem has no program whose ops could be told", where="carrying a plan over", mend="pose the program again")
+    one, other = {op.id: op for op in phases.program.graph.walk()}, {op.id: op for op in ours.walk()}
     for op in one.values():
         mine = other.get(op.id)
         if mine is None or mine.primitive != op.primitive or mine.scope != op.scope or len(mine.inputs) != len(op.inputs):

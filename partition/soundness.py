@@ -122,9 +122,10 @@ def _circle(problem: Problem) -> tuple[tuple[int, ...], str] | None:
             if problem.pins[a] != problem.pins[b]:
                 edges.setdefault((problem.pins[a], problem.pins[b]), (a, b))
     stages: nx.DiGraph[int] = nx.DiGraph(list(edges))
-    cycle = min(nx.simple_cycles(stages, length_bound=len(problem.meshes)), key=len, default=None)
-    if cycle is None:
+    ways = [nx.shortest_path(stages, b, a) for a, b in edges if nx.has_path(stages, b, a)]
+    if not ways:
         return None
+    cycle = min(ways, key=len)  # from b back to a, which stands before b
     pins = {n for pair in zip(cycle, [*cycle[1:], cycle[0]], strict=True) for n in edges[pair]}
     return tuple(sorted(pins)), "meshes would stand before each other in the order"
 

@@ -40,6 +40,8 @@ def test_what_cannot_be_carried_over() -> None:
     other, more = llama.generation("tiny", prompt=8, new_tokens=4, sample=True)
     with pytest.raises(PlacementError, match=r"the sibling has|the program"):
         pose(pt.tag(pt.trace(other, *more)), plan.problem.cluster, like=plan.problem)  # type: ignore[arg-type]
+    with pytest.raises(PlacementError, match="a loaded problem"):
+        pose(pt.tag(pt.trace(fn, *args)), plan.problem.cluster, like=dataclasses.replace(plan.problem, phases=None))  # type: ignore[arg-type]
     with pytest.raises(PartitionError, match="known by name"):
         pipeline.sibling(plan, "mine:model")
 
