@@ -1,4 +1,4 @@
-"""The command line: demo, plan, check, validate, devices, policies, and the verbs of `comparing`. Everything it does is one call in Python.
+"""The command line: demo, plan, check, validate, devices, policies, and the verbs of `comparing` and `exporting`. Everything it does is one call in Python.
 
 Exit codes: 0 done or equal, 1 not equal, 2 wrong use, 3 infeasible, 4 crash. No verb imports JAX that does not need it.
 """
@@ -321,37 +321,10 @@ def demo_command(
     print(printed)
 
 
-@app.command("export")
-def export_command(
-    plan_file: Annotated[Path, typer.Argument(help="a plan.json (or its folder) that `partition plan MODEL --out` wrote")],
-    out: Annotated[Path, typer.Option("--out", help="the folder to make")] = Path("export"), seed: Annotated[Optional[int], typer.Option("--seed", help="export random weights of this seed, and an example, too", min=0)] = None,  # noqa: UP045
-) -> None:  # fmt: skip
-    """Write each stage of a plan as a portable StableHLO artifact, with a manifest."""
-    from partition.export import export
-    from partition.pipeline import Plan, again
-
-    with progress() as say:
-        say("trace the plan's model again")
-        made, args = again(Plan.load(plan_file), seed=seed)
-        say("export the stages")
-        folder = export(made.stages, out, *(args if seed is not None else ()))
-    print(f"wrote {folder}: {len(made.stages.all)} stages, {sum(p.stat().st_size for p in folder.iterdir()):,} B")
-
-
-@app.command("run")
-def run_command(folder: Annotated[Path, typer.Argument(help="a folder that `partition export` wrote, with its arguments (--seed)")]) -> None:
-    """Run exported stages, in a process that needs none of the model's code; prints the outputs that are whole numbers."""
-    import numpy as np
-
-    from partition.export import load
-
-    found = [np.asarray(x) for x in load(folder).run()]
-    print(json.dumps([x.tolist() for x in found if x.dtype.kind in "iu"]))
-
-
 def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
-    import partition.comparing  # noqa: F401  (its verbs register themselves)
+    import partition.comparing
+    import partition.exporting  # noqa: F401  (their verbs register themselves)
 
     try:
         code = app(standalone_mode=False)

@@ -100,8 +100,12 @@ def find(value: Value, made: Mapping[int, Sequence[Value]]) -> list[Value]:
     return sorted(pieces, key=lambda v: v[1] or (0, 0))
 
 
-def cut(program: Program, placement: Placement) -> Stages:
-    """Cut a program into stages. Raises PlacementError where the placement is of another program, or not valid."""
+def cut(program: Program, placement: Placement, *, streamed: bool = False) -> Stages:
+    """Cut a program into stages. Raises PlacementError where the placement is of another program, or not valid.
+
+    streamed: before the token loop, a stage also ends with a layer that made something which later stages read, so that it can be sent
+    (the KV cache layer by layer) while the next layer runs; layers that are alike are then compiled once.
+    """
     problem = placement.problem
     if problem is None or problem.phases is None or problem.phases.program is not program:
         raise PlacementError("the placement was not made for this program", where="cut(program, placement)",
@@ -110,7 +114,7 @@ def cut(program: Program, placement: Placement) -> Stages:
     collecting = gc.isenabled()
     gc.disable()  # hundreds of thousands of new values, none of them garbage: the collector would only walk them again and again
     try:
-        return _Cutter(program, problem, placement).run()
+        return _Cutter(program, problem, placement, streamed).run()
     finally:
         if collecting:
             gc.enable()
@@ -220,8 +224,8 @@ class _Undo(dict[int, int]):
 class _Cutter:
     """Turns blocks and their meshes into stages, region by region."""
 
-    def __init__(self, program: Program, problem: Problem, placement: Placement):
-        self.program, self.problem, self.placement = program, problem, placement
+    def __init__(self, program: Program, problem: Problem, placement: Placement, streamed: bool):
+        self.program, self.problem, self.placement, self.streamed = program, problem, placement, streamed
         self.phases: Phases = problem.phases  # type: ignore[assignment]
         self.lowered = program.entry.lowered
         self.tensors = program.graph.tensors
@@ -250,7 +254,7 @@ class _Cutter:
         for n, b in blocks:
             if b.region == region:
                 found += [(item, m) for m in self.placement.of(n) for item in b.items]
-        return merge(found)
+        return found if self.streamed and region == "top" else merge(found)
 
     def run(self) -> Stages:
         numbered = list(enumerate(self.problem.blocks))
@@ -317,6 +321,8 @@ class _Cutter:
                 if v not in made.setdefault(v[0], []):
                     made[v[0]].append(v)
         final = {v for value in kept for v in find(value, made)}
+        if self.streamed and region == "top":
+            runs = self.by_layer(units, runs, final)
         reading = [dict.fromkeys(v for u in run for v in reads(*units[u][0])) for _, run in runs]
         readers: dict[Value, set[int]] = {}
         for i, values in enumerate(reading):
@@ -336,6 +342,31 @@ class _Cutter:
             out.append(Stage(id=self.count, mesh=mesh, region=region, items=items, jaxpr=jaxpr, inputs=bound, outputs=outputs, donated=donated, reads=inputs))
             self.count += 1
         return out
+
+    def by_layer(self, units: Sequence[tuple[Item, int]], runs: Sequence[tuple[int, list[int]]], final: set[Value]) -> list[tuple[int, list[int]]]:
+        """Runs cut once more behind each layer that made something which another run reads, or which outlives them all."""
+        layer = {(op.id, span): int(n) for b, n in zip(self.problem.blocks, self.problem.layer, strict=True) for op, span in b.items}
+
+        def at(u: int) -> int:
+            (op, span), _ = units[u]
+            return layer.get((op.id, span), -1)
+
+        read: dict[int, set[int]] = {}
+        for i, (_, run) in enumerate(runs):
+            for u in run:
+                for t, _ in reads(*units[u][0]):
+                    read.setdefault(t, set()).add(i)
+        parts = []
+        for i, (mesh, run) in enumerate(runs):
+            parts.append((mesh, list[int]()))
+            due = False
+            for before, u in zip([run[0], *run], run, strict=False):
+                if due and at(u) != at(before):
+                    parts.append((mesh, []))
+                    due = False
+                parts[-1][1].append(u)
+                due = due or any(v in final or read.get(v[0], set()) - {i} for v in writes(*units[u][0]))
+        return parts
 
     def donations(self, inputs: Sequence[Value], outputs: Sequence[Value], last: set[Value], made: set[int], carry: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
         """Inputs that nobody reads after this stage (`last`) and whose memory an output of the same shape can take over.

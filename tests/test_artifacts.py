@@ -16,8 +16,8 @@ pytest.importorskip("flatbuffers", reason="flatbuffers is an extra")
 
 import partition as pt
 from models import llama
+from partition.artifacts import export, load
 from partition.errors import ExecutionError, OutputError
-from partition.export import export, load
 
 FORMS: list[tuple[str, str, dict[str, Any]]] = [
     ("trn2_efa_4cs3", "phase_split", {}), ("trn2_efa_4cs3", "random", {"sample": True, "logits": True}), ("trn2_efa_4cs3", "random", {"loop": "while", "eos": 5}),
@@ -50,7 +50,7 @@ def test_a_fresh_process_without_the_models(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules["models"] = None
-from partition.export import load
+from partition.artifacts import load
 import numpy as np
 print(np.asarray(load({str(tmp_path / "e")!r}).run()[0]).tolist())
 """

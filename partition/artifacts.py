@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition import _jax
-from partition.dispatch import Arrays, Walk, transfers
+from partition.dispatch import Arrays, Machine, Walk, transfers
 from partition.errors import ExecutionError, OutputError, told
 from partition.execution import HostArrays, bound_inputs, strict_options
 from partition.graph import Role, Tensor, Value
@@ -131,7 +131,11 @@ class Exported:
 
     def run(self, inputs: Mapping[str, Any] | None = None) -> list[Any]:
         """Run every stage on this host. Raises ExecutionError for an input that is unknown, missing, or of another shape or type."""
-        tensors, given = self.manifest["tensors"], {t: self.arrays[f"input {t}"] for t in self.manifest["inputs"] if f"input {t}" in self.arrays}
+        return [array for array, _ in self.walked(self.machine(inputs, {}))]
+
+    def bound(self, inputs: Mapping[str, Any] | None) -> dict[int, Any]:
+        """The inputs by tensor that take the place of what was exported. Raises ExecutionError as `run` does."""
+        tensors, given = self.manifest["tensors"], dict[int, Any]()
         for name, array in (inputs or {}).items():
             if name not in self.names:
                 raise ExecutionError(f"the program takes no {name!r}", where="run(inputs)", mend=f"known: {', '.join(sorted(self.names)[:8])}")
@@ -139,11 +143,25 @@ class Exported:
             if list(np.shape(array)) != t["shape"] or (str(jnp.result_type(array)) != t["dtype"] and not t["dtype"].startswith("key<")):
                 raise ExecutionError(f"{name} is {jnp.result_type(array)}{list(np.shape(array))}, the program takes {t['dtype']}{t['shape']}", where="run(inputs)", mend="give what was traced")
             given[self.names[name]] = array
-        if lacking := [name for name, t in self.names.items() if t not in given]:
+        if lacking := [name for name, t in self.names.items() if t not in given and f"input {t}" not in self.arrays]:
             raise ExecutionError(f"{len(lacking)} inputs are missing, such as {lacking[0]!r}", where="run(inputs)", mend="give them by name, or export with the arguments")
-        walk = Walk(_stages(self.manifest), _Machine(self, given))
+        return given
+
+    def walked(self, machine: Machine) -> list[tuple[Any, int]]:
+        """The outputs of a walk by a machine, each with the mesh that it lies on."""
+        walk = Walk(_stages(self.manifest), machine)
         walk.run()
-        return [walk.fetch((t, None), min(walk.env.get((t, None)) or {0: None})) for t in self.manifest["outputs"]]
+        homes = [min(walk.env.get((t, None)) or {0: None}) for t in self.manifest["outputs"]]
+        return [(walk.fetch((t, None), m), m) for t, m in zip(self.manifest["outputs"], homes, strict=True)]
+
+    def typed(self, t: int, array: Any) -> Any:
+        """An array on the host as a value of a tensor's type."""
+        dtype = self.manifest["tensors"][str(t)]["dtype"]
+        return _jax.from_words(array, dtype) if dtype.startswith("key<") else jnp.asarray(array, dtype)
+
+    def machine(self, inputs: Mapping[str, Any] | None, placed: dict[tuple[Value, int], Any]) -> Machine:
+        """A machine that computes every stage on this host. placed: where weights and constants that were read are kept, to reuse in the next run."""
+        return _Machine(self, self.bound(inputs), placed)
 
 
 def _value(raw: Sequence[Any]) -> Value:
@@ -176,19 +194,20 @@ def _stages(manifest: Mapping[str, Any]) -> Any:
 class _Machine:
     """Computes with loaded artifacts; every mesh is this host."""
 
-    def __init__(self, exported: Exported, given: Mapping[int, Any]):
-        self.of, self.loaded = exported, given
+    def __init__(self, exported: Exported, given: Mapping[int, Any], placed: dict[tuple[Value, int], Any]):
+        self.of, self.loaded, self.placed = exported, given, placed
         self.arrays: Arrays = HostArrays()
-
-    def typed(self, t: int, array: Any) -> Any:
-        dtype = self.of.manifest["tensors"][str(t)]["dtype"]
-        return _jax.from_words(array, dtype) if dtype.startswith("key<") else jnp.asarray(array, dtype)
 
     def given(self, value: Value, mesh: int) -> Any:
         t, span = value
-        array = self.loaded[t] if t in self.loaded else self.of.arrays[f"const {t}"]
-        whole = self.typed(t, array)
-        return whole if span is None else whole[span[0] : span[1]]
+        if t not in self.loaded and (value, mesh) in self.placed:
+            return self.placed[value, mesh]
+        name = f"input {t}" if t in self.of.manifest["inputs"] else f"const {t}"
+        whole = self.of.typed(t, self.loaded[t] if t in self.loaded else self.of.arrays[name])
+        part = whole if span is None else whole[span[0] : span[1]]
+        if t not in self.loaded:
+            self.placed[value, mesh] = part
+        return part
 
     def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
         made: Sequence[Any] = self.of.calls[stage.jaxpr](*arrays)
@@ -205,27 +224,57 @@ class _Machine:
         return array
 
 
-def load(folder: str | Path) -> Exported:
-    """Read an export and hold every file to its checksum. Raises OutputError for a changed or missing byte, another format, or a JAX that cannot read it."""
+class _Held(Mapping[str, np.ndarray]):
+    """The arrays of an export, read when they are asked for."""
+
+    def __init__(self, file: Path, rows: Mapping[str, Any]):
+        from safetensors import safe_open
+
+        self.file, self.rows = safe_open(file, framework="numpy"), rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        row = self.rows[name]
+        raw: np.ndarray = self.file.get_tensor(name)  # type: ignore[no-untyped-call]
+        typed: np.ndarray = raw.view(jnp.dtype(row["dtype"]))
+        return typed.reshape(row["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def load(folder: str | Path, meshes: Collection[int] | None = None) -> Exported:
+    """Read an export, hold every file to its checksum, and compile what runs on the meshes (numbers; None: on all).
+
+    Raises OutputError for a changed or missing byte, another format, or a JAX that cannot read it.
+    """
     from jax import export as jax_export
-    from safetensors.numpy import load as load_arrays
 
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
-        blobs = {name: (folder / name).read_bytes() for name in manifest["sha256"]}
+        for name, told_sum in manifest["sha256"].items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != told_sum:
+                    raise OutputError(f"{name} is not what was exported: its checksum differs", where=str(folder / name), mend="export again, or copy the folder again")
+        arrays = _Held(folder / "arrays.safetensors", manifest["arrays"])
+        wanted = sorted({s["artifact"] for s in manifest["stages"] if meshes is None or s["mesh"] in meshes})
+        blobs = {name: (folder / name).read_bytes() for name in wanted}
+    except OutputError:
+        raise
     except Exception as error:  # whatever a folder of something else leads to
         raise OutputError(f"the export cannot be read: {told(error)}", where=str(folder), mend="name a folder that `partition export` wrote") from None
-    for name, blob in blobs.items():
-        if hashlib.sha256(blob).hexdigest() != manifest["sha256"][name]:
-            raise OutputError(f"{name} is not what was exported: its checksum differs", where=str(folder / name), mend="export again, or copy the folder again")
-    raw = load_arrays(blobs["arrays.safetensors"])
-    arrays = {name: np.frombuffer(raw[name].tobytes(), jnp.dtype(row["dtype"])).reshape(row["shape"]) for name, row in manifest["arrays"].items()}
     known = {k: v for k, v in manifest["options"].items() if k in strict_options()}
-    try:
-        calls = {name: jax.jit(jax_export.deserialize(bytearray(blob)).call, compiler_options=known) for name, blob in blobs.items() if name.endswith(".bin")}
-    except Exception as error:
-        raise OutputError(f"this JAX cannot read the artifacts: {told(error)}", where=f"written by jax {manifest['versions'].get('jax')}, this is {jax.__version__}", mend="use a JAX that is not much older or newer") from None
+    calls = {}
+    for name, blob in blobs.items():
+        try:
+            artifact = jax_export.deserialize(bytearray(blob))
+            avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in artifact.in_avals]
+            calls[name] = jax.jit(artifact.call, compiler_options=known).lower(*avals).compile()
+        except Exception as error:
+            raise OutputError(f"this JAX cannot read the artifacts: {told(error)}", where=f"{name}, written by jax {manifest['versions'].get('jax')}, this is {jax.__version__}", mend="use a JAX that is not much older or newer") from None
     return Exported(manifest=manifest, calls=calls, arrays=arrays)
