@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("planning", "counts", "sizes", "placement", "decode", "exactness", "numerics", "startup", "transport")
+NAMES = ("planning", "counts", "sizes", "placement", "decode", "checking", "exactness", "numerics", "startup", "transport")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,8 @@ class Walk:
         needed |= {((t, None), inner[0].mesh) for t in kept}
         xs = {(v, s.mesh) for s in inner for v in s.inputs if v[0] in dict(plan.xs)}
         xs |= {((new, None), inner[0].mesh) for _, _, new in plan.carry if new in dict(plan.xs)}
-        for (t, span), m in sorted(needed, key=str):
+        state, rows = sorted(needed, key=str), sorted(xs, key=str)
+        for (t, span), m in state:
             self.put((t, span), m, self.machine.settle(self.machine.arrays.copy(self.fetch((carry[t][0], span), m)), (t, span), m))
         maker = {v[0]: s.mesh for s in plan.body for v in s.outputs}
         stacks: dict[int, list[Any]] = {outside: [] for outside, _, stacked in plan.results if stacked}
@@ -153,8 +154,8 @@ class Walk:
         trip = 0
         while self.goes_on(plan, trip):
             if trip and plan.op.loop is not None and plan.op.loop.kind == "scan":
-                self.rebind(needed, carry, inside)
-            for v, m in sorted(xs, key=str):
+                self.rebind(state, carry, inside)
+            for v, m in rows:
                 place = trip if plan.op.loop is None or not plan.op.loop.reverse else plan.trips - 1 - trip
                 self.put(v, m, self.machine.settle(self.machine.arrays.row(self.fetch((dict(plan.xs)[v[0]], None), m), place), v, m))
             for stage in plan.body:
@@ -164,7 +165,7 @@ class Walk:
                     stacks[outside].append(self.fetch((tensor, None), maker.get(tensor, inner[0].mesh)))
             trip += 1
             if plan.cond is not None:
-                self.rebind(needed, carry, inside)
+                self.rebind(state, carry, inside)
         self.trips = trip
         self.finish(plan, stacks, inner[0].mesh, rebound=plan.cond is not None or not trip)
         self.forget(inside)
@@ -179,9 +180,9 @@ class Walk:
         answer = plan.op.loop.cond.outputs[0]
         return self.machine.arrays.truth(self.fetch((answer, None), plan.cond.mesh))
 
-    def rebind(self, needed: set[tuple[Value, int]], carry: dict[int, tuple[int, int]], inside: set[int]) -> None:
+    def rebind(self, needed: Sequence[tuple[Value, int]], carry: dict[int, tuple[int, int]], inside: set[int]) -> None:
         """What the last trip made becomes what the next one reads."""
-        new = {(v, m): self.machine.settle(self.fetch((carry[v[0]][1], v[1]), m), v, m) for v, m in sorted(needed, key=str)}
+        new = {(v, m): self.machine.settle(self.fetch((carry[v[0]][1], v[1]), m), v, m) for v, m in needed}
         self.forget(inside)
         for (v, m), array in new.items():
             self.put(v, m, array)

@@ -7,6 +7,7 @@ between stages: JAX dispatches ahead, and only a loop's condition is read on the
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -48,6 +49,10 @@ def strict_options() -> Mapping[str, Any]:
             lowered.compile({name: value})
             known[name] = value
     return known
+
+
+Placed = dict[tuple[Value, int], tuple[Any, Any]]
+"""(value, mesh) -> (the array that was given, the array as it lies on the mesh)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,19 +140,28 @@ class Runner:
                 mend=f"call partition.host_devices({needed}) before JAX is first used, or set JAX_NUM_CPU_DEVICES={needed}",
             )  # fmt: skip
         self.meshes: dict[int, Mesh] = {}
+        self.single: dict[int, Any] = {}  # mesh -> its device, where it is only one: the quicker way to bring an array there
         self.layouts: dict[int, Layout] = {}
         first = 0
         for m in used:
             self.meshes[m] = _host_mesh(devices[first : first + sizes[m]])
             first += sizes[m]
             wide = stages.problem.layouts[m] if stages.problem.layouts else layout(self.program.graph, cluster.meshes[m].ways)
+            if sizes[m] == 1:
+                self.single[m] = self.meshes[m].devices.item()
             self.layouts[m] = narrowed(wide, self.program.graph, sizes[m])
         self.compiled: dict[int, Callable[..., Any]] = {}
+        self._shardings: dict[tuple[Value, int], NamedSharding] = {}
         self.unique = 0
         self._compile(progress)
 
     def sharding(self, value: Value, mesh: int) -> NamedSharding:
         """How a value lies on a mesh."""
+        if (value, mesh) not in self._shardings:
+            self._shardings[value, mesh] = self._sharding(value, mesh)
+        return self._shardings[value, mesh]
+
+    def _sharding(self, value: Value, mesh: int) -> NamedSharding:
         split = self.layouts[mesh].tensors.get(value[0])
         return NamedSharding(self.meshes[mesh], _spec(self.meshes[mesh], split, _jax.slice_aval(self.lowered.avals[value[0]], value[1]).shape))
 
@@ -192,10 +206,10 @@ class Runner:
         """
         return bound_inputs(self.program, args)
 
-    def run(self, loaded: Mapping[int, Any], *, placed: dict[tuple[Value, int], Any] | None = None, keep: int = -1) -> tuple[Any, Record]:
+    def run(self, loaded: Mapping[int, Any], *, placed: Placed | None = None, keep: int = -1) -> tuple[Any, Record]:
         """Run a loaded request: (result, record).
 
-        placed: where arrays of weights and inputs that lie on meshes are kept, to reuse in the next run. keep: keep the outputs of
+        placed: where arrays of weights and inputs that lie on meshes are kept, to reuse in a run that is given the same ones. keep: keep the outputs of
         every stage on the host, those inside the token loop for its first `keep` trips and the last that is planned (-1: keep nothing).
         """
         machine = _Computer(self, loaded, {} if placed is None else placed, keep)
@@ -209,6 +223,15 @@ class Runner:
         jax.block_until_ready(results)
         record = Record(moved=tuple(machine.moved), kept=machine.kept, read=machine.read, seconds=time.perf_counter() - start, trips=walk.trips)
         return jax.tree_util.tree_unflatten(self.program.entry.out_tree, results), record
+
+    def stream(self, requests: Sequence[tuple[Any, ...]], *, under_way: int | None = None) -> list[Any]:
+        """Run requests (the arguments of each) as a pipeline, and give what each gives, in order: the schedule that a plan's throughput stands for.
+
+        under_way: how many are at once; as many as there are meshes, so that each can work on another request, unless told.
+        """
+        placed: Placed = {}
+        with concurrent.futures.ThreadPoolExecutor(under_way or len(self.meshes)) as pool:
+            return list(pool.map(lambda args: self.run(self.load(*args), placed=placed)[0], requests))
 
     def __call__(self, *args: Any) -> Any:
         return self.run(self.load(*args))[0]
@@ -236,23 +259,25 @@ class HostArrays:
 class _Computer:
     """The machine that computes: compiled stages on host devices, `device_put` between them."""
 
-    def __init__(self, runner: Runner, loaded: Mapping[int, Any], placed: dict[tuple[Value, int], Any], keep: int):
+    def __init__(self, runner: Runner, loaded: Mapping[int, Any], placed: Placed, keep: int):
         self.runner, self.loaded, self.placed, self.keep = runner, loaded, placed, keep
         self.arrays: Arrays = HostArrays()
         self.moved: list[Moved] = []
+        self.fits: dict[tuple[int, Value, int], tuple[Any, bool]] = {}  # the shardings are held, so that their ids stay theirs
         self.kept: dict[tuple[int, int, Value], np.ndarray] = {}
         self.read: dict[tuple[int, int, Value], np.ndarray] = {}
 
     def given(self, value: Value, mesh: int) -> Any:
-        if (value, mesh) not in self.placed:
-            t, span = value
-            array = self.loaded[t] if t in self.loaded else self.runner.lowered.values[t]
+        t, span = value
+        array = source = self.loaded[t] if t in self.loaded else self.runner.lowered.values[t]
+        held = self.placed.get((value, mesh))
+        if held is None or held[0] is not source:
             array = array if span is None else array[span[0] : span[1]]
             aval = self.runner.lowered.avals[t]
             if not _jax.is_key(aval):
                 array = jnp.asarray(array, aval.dtype) if np.ndim(array) == 0 else array
-            self.placed[value, mesh] = jax.device_put(array, self.runner.sharding(value, mesh))
-        return self.placed[value, mesh]
+            held = self.placed[value, mesh] = source, jax.device_put(array, self.runner.sharding(value, mesh))
+        return held[1]
 
     def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
         keeps = self.keep >= 0 and (trip < self.keep or trip == self.runner.stages.problem.workload.trips - 1)
@@ -269,15 +294,17 @@ class _Computer:
         if self.runner.target is not None and (form := self.runner.target.wire) is not None and floats(array):
             nbytes, array = min(nbytes, wire_bytes(array, form)), scaled(array, form).astype(array.dtype)
         self.moved.append(Moved(value=value, src=src, dst=dst, nbytes=nbytes))
-        return jax.device_put(array, self.runner.sharding(value, dst))
+        return jax.device_put(array, self.runner.single.get(dst) or self.runner.sharding(value, dst))
 
     def stack(self, arrays: Sequence[Any], value: Value) -> Any:
         aval = self.runner.lowered.avals[value[0]]
         return jnp.stack(arrays) if arrays else jnp.zeros(aval.shape, aval.dtype)
 
     def settle(self, array: Any, value: Value, mesh: int) -> Any:
-        sharding = self.runner.sharding(value, mesh)
-        return array if array.sharding.is_equivalent_to(sharding, array.ndim) else jax.device_put(array, sharding)
+        key = id(array.sharding), value, mesh
+        if key not in self.fits:
+            self.fits[key] = array.sharding, array.sharding.is_equivalent_to(self.runner.sharding(value, mesh), array.ndim)
+        return array if self.fits[key][1] else jax.device_put(array, self.runner.sharding(value, mesh))
 
 
 def bound_inputs(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from partition.errors import ExecutionError, PartitionError
 
-PIECE = 1 << 20
+PIECE = 1 << 22
 """Bytes that are sent, checked and counted as a sign of life at once."""
 
 

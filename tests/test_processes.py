@@ -71,7 +71,7 @@ def test_the_same_tokens_the_planned_bytes_and_a_retry(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "options"), [("random", {"loop": "while", "eos": 5}), ("random", {"sample": True, "logits": True}), ("equal_split", {"layers": "scanned", "dtype": "bfloat16"})], ids=str)
 def test_bodies_cut_over_processes(policy: str, options: dict[str, Any], tmp_path: Path) -> None:
-    stages, want, folder = exported(tmp_path, "trn2_efa_4cs3", policy, batch=2, **options)
+    _, want, folder = exported(tmp_path, "trn2_efa_4cs3", policy, batch=2, **options)
     with pt.launch(folder) as processes:
         answer = processes.run()
     for a, b in zip(want, answer.outputs, strict=True):
