@@ -17,6 +17,10 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-
 """How far a float may be off, as a share of the largest magnitude of its tensor: a hundred or so roundings of the dtype. Integers,
 truth values and keys must be equal."""
 
+OWN, MOST = 4.0, 100.0
+"""A value beyond its tolerance may be OWN times as far from float64 as the uncut program's own (another order of the same sums), where that is itself no further
+than MOST tolerances: what is further is no rounding, but another model."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
@@ -26,7 +30,8 @@ class Difference:
     distance, in value and in units in the last place. relative: max_abs over the largest magnitude of the reference. wrong: elements
     that differ. equal: within the stated bound. rms: of the differences. cosine: of the two as directions (1 where both are 0).
     steps: how many elements lie 0, 1, 2, up to 4, 16, 256, and more units in the last place apart. first: index of the first element that differs. oracle: rms errors of the
-    uncut and of the cut against float64, where that was asked for.
+    uncut and of the cut against float64, where that was asked for. rounding: beyond the bound, but no further from float64 than the uncut program's
+    own rounding explains (OWN).
     """
 
     name: str
@@ -45,6 +50,7 @@ class Difference:
     steps: tuple[int, ...] = ()
     first: tuple[int, ...] | None = None
     oracle: tuple[float, float] | None = None
+    rounding: bool = False
 
     def __str__(self) -> str:
         if self.bitwise:
@@ -53,7 +59,8 @@ class Difference:
         bad = f", {self.invalid} NaN or infinite on one side only" if self.invalid else ""
         first = f", first at {list(self.first)}" if self.first is not None and "float" not in self.dtype else ""
         near = f", rms error against float64 {self.oracle[1]:.3g}, the uncut program's own {self.oracle[0]:.3g}" if self.oracle is not None else ""
-        return f"{self.name} {self.dtype}{list(self.shape)}: {what}{first}{bad}{near}; bound {self.bound:g} of scale: {'within' if self.equal else 'BEYOND'}"
+        word = "beyond, but as near to float64 as the uncut program is" if self.rounding else "within" if self.equal else "BEYOND"
+        return f"{self.name} {self.dtype}{list(self.shape)}: {what}{first}{bad}{near}; bound {self.bound:g} of scale: {word}"
 
 
 def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -114,6 +121,17 @@ def against(difference: Difference, oracle: Any, reference: Any, candidate: Any)
     finite = np.isfinite(truth) & np.isfinite(a) & np.isfinite(b)
     errors = [float(np.sqrt((np.where(finite, x - np.where(finite, truth, 0), 0) ** 2).sum() / max(finite.sum(), 1))) for x in (np.where(finite, a, 0), np.where(finite, b, 0))]
     return dataclasses.replace(difference, oracle=(errors[0], errors[1]))
+
+
+def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any) -> Difference:
+    """A difference beyond its bound, held against float64: it is equal all the same where the candidate's largest error is at most OWN times the reference's own, as
+    where large terms cancel and little but rounding is left (and the reference's is at most MOST bounds)."""
+    truth, a, b = (np.asarray(_jax.to_numpy(v), np.float64) for v in (oracle, reference, candidate))
+    if difference.equal or difference.invalid or "float" not in difference.dtype or not truth.shape == a.shape == b.shape or not np.isfinite(truth).all():
+        return difference
+    own, other = (float(np.abs(np.where(np.isfinite(x), x - truth, 0.0)).max(initial=0.0)) for x in (a, b))
+    rounding = other <= OWN * own and own <= MOST * difference.bound * float(np.abs(truth).max(initial=0.0))
+    return dataclasses.replace(against(difference, oracle, reference, candidate), equal=True, rounding=True) if rounding else difference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

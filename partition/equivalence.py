@@ -8,7 +8,9 @@ Where the outputs are within their bounds but not bit for bit, the reason is fou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +23,7 @@ from partition import _jax, divergence
 from partition._jax.lifting import float64
 from partition._jax.likeness import unlike
 from partition.dispatch import transfers
-from partition.distances import Choices, Difference, against, choices, compare
+from partition.distances import Choices, Difference, against, choices, compare, judged
 from partition.errors import EquivalenceError, ExecutionError
 from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
 from partition.graph import Value
@@ -82,7 +84,8 @@ def check(
 
     strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale, in place of TOLERANCE. oracle: hold both against float64 too.
     `check(reference, candidate, args)` compares two callables instead, for those who partition by their own means.
-    Raises EquivalenceError, with the verdict, where they differ by more than the bound, where every number of an output is NaN, and where the model
+    What is beyond the default tolerance is judged by float64: it is equal where it is as near to that as the uncut program's own numbers are.
+    Raises EquivalenceError, with the verdict, where they differ by more than that, where every number of an output is NaN, and where the model
     does not give the same twice; ExecutionError where they cannot run.
     """
     if not isinstance(stages, Stages):
@@ -98,6 +101,11 @@ def check(
     kept, misread = _kept(stages, record, refs), divergence.misread(stages)
     boundaries = tuple(compare(k.name, k.reference, k.array, tolerance) for k in kept)
     culprit = misread
+    truth = functools.cache(lambda: References(stages, loaded, strict, trips, wide=True))
+    if culprit is None and tolerance is None and not all(d.equal for d in (*outputs, *boundaries)):
+        ours, theirs = (jax.tree_util.tree_leaves(x) for x in (reference, result))
+        outputs = _judged(outputs, [(t, None) for t in program.graph.outputs], [-1] * len(outputs), ours, theirs, truth)
+        boundaries = _judged(boundaries, [k.value for k in kept], [k.trip for k in kept], [k.reference for k in kept], [k.array for k in kept], truth)
     if culprit is None and not all(d.equal for d in boundaries):
         culprit = divergence.culprit(stages, record, refs, lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d))
     equal = all(d.equal for d in outputs) and culprit is None
@@ -109,10 +117,9 @@ def check(
     bitwise = equal and all(d.bitwise for d in outputs)
     right, sharding = _reasons(stages, args, reference, runner, outputs, boundaries, tolerance, strict=strict, equal=equal)
     if oracle:
-        truth = References(stages, loaded, strict, trips, wide=True)
-        wanted = [truth.get((t, None), -1) for t in program.graph.outputs]
+        wanted = [truth().get((t, None), -1) for t in program.graph.outputs]
         outputs = _against(outputs, wanted, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result))
-        boundaries = _against(boundaries, [truth.get(k.value, k.trip) for k in kept], [k.reference for k in kept], [k.array for k in kept])
+        boundaries = _against(boundaries, [truth().get(k.value, k.trip) for k in kept], [k.reference for k in kept], [k.array for k in kept])
     verdict = Verdict(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=boundaries, culprit=culprit, cut=right, sharding=sharding,
         tokens=() if bitwise and all(d.bitwise for d in boundaries) else _tokens(stages, record, refs, chosen),
@@ -152,9 +159,12 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
     if str(one) != str(other):
         raise EquivalenceError("the two give results of other structures", where=f"{str(one)[:80]} and {str(other)[:80]}", mend="let both give the same tree of arrays")
     outputs, culprit = _compared(want, got, tolerance), None
-    if oracle:
+    beyond = tolerance is None and not all(d.equal for d in outputs)
+    if oracle or beyond:
         truth = float64(jax.make_jaxpr(reference)(*args), jax.tree_util.tree_leaves(args))
-        outputs = _against(outputs, truth, jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got))
+        rows = (jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got))
+        outputs = _against(outputs, truth, *rows) if oracle else outputs
+        outputs = tuple(judged(*row) for row in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
     equal = all(d.equal for d in outputs)
     if not equal and (found := unlike(jax.make_jaxpr(reference)(*args), jax.make_jaxpr(candidate)(*args))) is not None:
         way, how = found
@@ -204,6 +214,18 @@ def _against(differences: Sequence[Difference], truth: Sequence[Any], reference:
     """Differences with the errors of both sides against float64, where there is such a value."""
     rows = zip(differences, truth, reference, candidate, strict=True)
     return tuple(d if t is None else against(d, t, a, b) for d, t, a, b in rows)
+
+
+def _judged(differences: Sequence[Difference], values: Sequence[Value], trips: Sequence[int], reference: Sequence[Any], candidate: Sequence[Any], truth: Callable[[], References]) -> tuple[Difference, ...]:
+    """Differences beyond their bounds, held against float64 where there is such a value."""
+    found = []
+    for d, value, trip, a, b in zip(differences, values, trips, reference, candidate, strict=True):
+        wide = None
+        if not d.equal:
+            with contextlib.suppress(Exception):  # a program that has no form in float64 is held to its bounds alone
+                wide = truth().get(value, trip)
+        found.append(d if wide is None else judged(d, wide, a, b))
+    return tuple(found)
 
 
 def _tokens(stages: Stages, record: Record, refs: References, chosen: tuple[tuple[int, str], ...]) -> tuple[Choices, ...]:

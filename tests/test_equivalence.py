@@ -217,3 +217,23 @@ def test_no_tolerance_at_all_is_said_to_be_missed() -> None:
     assert check(stages, w, x, tolerance={"float32": 0.0}).bitwise  # a cut that changes no bit meets it
     with pytest.raises(EquivalenceError, match="bound 0 of scale: BEYOND"):
         check(lambda x: x @ w, lambda x: (x.astype(jnp.float32) @ (w * 3)) / 3, (x,), tolerance={"float32": 0.0})
+
+
+def test_rounding_that_cancellation_lays_bare_is_no_alarm_and_a_fault_of_its_size_is_one() -> None:
+    rng = np.random.default_rng(0)
+    a = (rng.standard_normal((64, 512)) * 30).astype(np.float32)
+    b = np.concatenate([a, -a], axis=1) + rng.standard_normal((64, 1024)).astype(np.float32) * 1e-2  # sums of thousands that leave little
+
+    def forwards(x: Any) -> Any:
+        return jnp.cumsum(x, axis=1)[:, -1]
+
+    def backwards(x: Any) -> Any:
+        return jnp.cumsum(x[:, ::-1], axis=1)[:, -1]
+
+    verdict = check(forwards, backwards, (b,))
+    assert verdict.equal and verdict.outputs[0].rounding and verdict.outputs[0].relative > verdict.outputs[0].bound
+    assert "as near to float64" in str(verdict)
+    with pytest.raises(EquivalenceError, match="BEYOND"):
+        check(forwards, backwards, (b,), tolerance={"float32": 1e-5})  # a bound of one's own is kept to
+    with pytest.raises(EquivalenceError, match="BEYOND"):
+        check(forwards, lambda x: backwards(x) * 1.01, (b,))

@@ -77,11 +77,11 @@ def hold(seed: int, covered: set[str] | None = None) -> str:
     problem = pose(phases, machines(rng), level="op" if rng.random() < 0.6 else "block", trips=4, sharding="tensor" if rng.random() < 0.7 else "search")
     mesh = rng.integers(0, len(problem.meshes), len(problem))
     placement = problem.placement(mesh if rng.random() < 0.7 else np.sort(mesh))
-    narrow = {"float32": 2e-5 if exact else 6e-2, "bfloat16": 6e-2, "float16": 6e-2}
+    loose = None if exact else {"float32": 6e-2, "bfloat16": 6e-2, "float16": 6e-2}  # where floats decide, a last bit may decide otherwise
     stages = cut(program, placement)
     if covered is not None:
         covered |= cuts(stages)
-    verdict = check(stages, *args, tolerance=narrow)
+    verdict = check(stages, *args, tolerance=loose)
     assert verdict.equal
     return f"{len(verdict.boundaries)} boundaries"
 
