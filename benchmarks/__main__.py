@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from benchmarks import NAMES, Bar
-from partition.pipeline import versions
+from partition.origin import versions
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
     for name in failed:
         print(f"| {name} | | | | **could not be measured** | see stderr |")
     if options.json:
-        options.json.write_text(json.dumps({"versions": versions(), "bars": [dataclasses.asdict(r) for r in rows], "failed": failed}, indent=1))
+        options.json.write_text(json.dumps({"versions": dict(versions()), "bars": [dataclasses.asdict(r) for r in rows], "failed": failed}, indent=1))
     return 1 if failed or any(r.met is False for r in rows) else 0
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import (
+from .checkpoint import (
     Make,
     ModelError,
     absent,
@@ -33,10 +33,10 @@ from models.checkpoint import (
     rotary_part,
     stacks,
 )
-from models.generate import named, of_nnx, requested, through
-from models.llama import MLP, Block, Linear, RMSNorm, mlp
-from models.llama import rotate as rotate_halves
-from models.mixtral import Experts
+from .generate import named, of_nnx, requested, through
+from .llama import MLP, Block, Linear, RMSNorm, mlp
+from .llama import rotate as rotate_halves
+from .mixtral import Experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

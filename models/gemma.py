@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import (
+from .checkpoint import (
     Make,
     ModelError,
     absent,
@@ -33,8 +33,8 @@ from models.checkpoint import (
     reading,
     rotary_part,
 )
-from models.generate import named, of_nnx, requested, through
-from models.llama import MLP, Linear, hold_to_shape, rotate, turns
+from .generate import named, of_nnx, requested, through
+from .llama import MLP, Linear, hold_to_shape, rotate, turns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

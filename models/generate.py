@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import Make, ModelError
+from .checkpoint import Make, ModelError
 
 Loop = Literal["scan", "while", "fori"]
 

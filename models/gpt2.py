@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from models.checkpoint import Make, ModelError, hold_to_known, hold_to_layers, hold_to_numbers, open_safetensors, reading, stacks
-from models.generate import Steps, named, parameters, requested
+from .checkpoint import Make, ModelError, hold_to_known, hold_to_layers, hold_to_numbers, open_safetensors, reading, stacks
+from .generate import Steps, named, parameters, requested
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

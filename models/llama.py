@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import (
+from .checkpoint import (
     Make,
     ModelError,
     absent,
@@ -37,7 +37,7 @@ from models.checkpoint import (
     stacks,
     unpermute,
 )
-from models.generate import named, of_nnx, requested, through
+from .generate import named, of_nnx, requested, through
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint import Make, ModelError, hold_to_known, hold_to_layers, hold_to_numbers, open_safetensors, reading, stacks
-from models.generate import named, of_nnx, requested, through
-from models.llama import Linear, RMSNorm
+from .checkpoint import Make, ModelError, hold_to_known, hold_to_layers, hold_to_numbers, open_safetensors, reading, stacks
+from .generate import named, of_nnx, requested, through
+from .llama import Linear, RMSNorm
 
 Time = Literal["associative", "scan"]
 

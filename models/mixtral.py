@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.checkpoint import (
+from .checkpoint import (
     Make,
     ModelError,
     absent,
@@ -33,8 +33,8 @@ from models.checkpoint import (
     rotary_part,
     stacks,
 )
-from models.generate import named, of_nnx, requested
-from models.llama import Linear, Llama, RopeScaling, hold_to_shape
+from .generate import named, of_nnx, requested
+from .llama import Linear, Llama, RopeScaling, hold_to_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from models.checkpoint import (
+from .checkpoint import (
     Checkpoint,
     Make,
     ModelError,
@@ -33,7 +33,7 @@ from models.checkpoint import (
     reading,
     stacks,
 )
-from models.generate import Steps, named, parameters, requested
+from .generate import Steps, named, parameters, requested
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from partition.dispatch import Arrays, Machine, Walk, transfers
 from partition.errors import ExecutionError, OutputError, told
 from partition.execution import HostArrays, bound_inputs, strict_options
 from partition.graph import Role, Tensor, Value
-from partition.pipeline import versions
+from partition.origin import versions
 from partition.stages import LoopPlan, Stage, Stages
 
 FORMAT = "partition export 1"
@@ -67,7 +67,7 @@ def _manifest(stages: Stages, folder: Path, args: tuple[Any, ...]) -> dict[str, 
     arrays = _save(held, folder, files)
     cluster = problem.cluster
     return {
-        "format": FORMAT, "title": program.entry.name, "versions": versions(), "options": dict(strict_options()),
+        "format": FORMAT, "title": program.entry.name, "versions": dict(versions()), "options": dict(strict_options()),
         "meshes": [{"name": name, "device": problem.kinds[m], "devices": cluster.meshes[m].count if cluster is not None else 1, "splits": {str(t): list(map(str, split)) for t, split in problem.layouts[m].tensors.items() if t in used} if problem.layouts else {}}
                    for m, name in enumerate(problem.meshes)],
         "tensors": {t: {"shape": list(lowered.avals[t].shape), "dtype": str(lowered.avals[t].dtype), "role": str(graph.tensors[t].role.value), "name": graph.tensors[t].name} for t in used},

@@ -18,8 +18,8 @@ import numpy as np
 from partition._jax import to_numpy
 from partition.distances import TOLERANCE
 from partition.errors import OutputError, told
+from partition.origin import versions
 from partition.outputs import write
-from partition.pipeline import versions
 
 FORMAT = "partition baseline 1"
 _SAMPLE = 64
@@ -28,7 +28,7 @@ _SAMPLE = 64
 
 def fingerprint() -> dict[str, str]:
     """What may move numbers: versions, the processor, the threads."""
-    return versions() | {"machine": platform.machine(), "processor": _processor(), "devices": str(len(jax.devices("cpu")))}
+    return dict(versions()) | {"machine": platform.machine(), "processor": _processor(), "devices": str(len(jax.devices("cpu")))}
 
 
 def _processor() -> str:

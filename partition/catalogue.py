@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
 from partition.hardware import Cluster, Device
+from partition.profiles import package
 from partition.tables import table
 from partition.units import dollars, flops, rate, size
 
@@ -14,16 +16,22 @@ from partition.units import dollars, flops, rate, size
 def devices_text(devices: Sequence[Device]) -> str:
     """A line a device."""
     lines = [
-        (d.name, d.title, f"{flops(float(d.peak['bfloat16']))}/s" if "bfloat16" in d.peak else "", size(float(d.memory.capacity)),
+        (d.name, package(d.name, "device"), d.title, f"{flops(float(d.peak['bfloat16']))}/s" if "bfloat16" in d.peak else "", size(float(d.memory.capacity)),
          rate(float(d.memory.bandwidth)), f"{dollars(float(d.price) * 3600)}/h ({d.price.kind})") for d in devices
     ]  # fmt: skip
-    return table("Devices", ("device", "what", "bf16 peak", "memory", "bandwidth", "price"), lines)
+    return table("Devices", ("device", "from", "what", "bf16 peak", "memory", "bandwidth", "price"), lines)
 
 
 def clusters_text(clusters: Sequence[Cluster]) -> str:
     """A line a cluster."""
-    lines = [(c.name, c.title, ", ".join(f"{n} x {k}" for k, n in _counts(c).items()), f"{dollars(sum(m.price for m in c.meshes) * 3600)}/h") for c in clusters]
-    return table("Clusters", ("cluster", "what", "meshes", "price"), lines)
+    lines = [(c.name, package(c.name, "cluster"), c.title, ", ".join(f"{n} x {k}" for k, n in _counts(c).items()), f"{dollars(sum(m.price for m in c.meshes) * 3600)}/h") for c in clusters]
+    return table("Clusters", ("cluster", "from", "what", "meshes", "price"), lines)
+
+
+def plugins(kind: str) -> list[dict[str, str]]:
+    """What entry points register as "models" or "policies": name, the package that it comes from, what it is."""
+    found = importlib.metadata.entry_points(group=f"partition.{kind}")
+    return [{"name": p.name, "package": p.dist.name if p.dist is not None else p.module, "about": p.value} for p in sorted(found, key=lambda p: p.name)]
 
 
 def _counts(cluster: Cluster) -> dict[str, int]:

@@ -75,6 +75,13 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
         return dataclasses.replace(made, request={} if ":" in model else asked), args
 
 
+def as_rows(rows: Sequence[Any], cluster: Cluster | None = None) -> str:
+    """Rows of a result as JSON, with what made them."""
+    from partition.origin import made
+
+    return json.dumps({"made": made(cluster), "rows": rows})
+
+
 SHORT = {"usd": "usd_per_mtok", "joules": "joules_per_token"}
 
 
@@ -179,7 +186,7 @@ def check_command(
     budget: Annotated[Optional[float], typer.Option("--budget", help="with --against: how far floats may move, as a share of their rms", min=0)] = None,  # noqa: UP045
 ) -> None:  # fmt: skip
     """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
-    from partition import equivalence, execution, numerics, reporting
+    from partition import equivalence, execution, numerics, origin, reporting
     from partition.outputs import writable, write
     from partition.pipeline import sibling
     from partition.program import compile_cache
@@ -205,7 +212,7 @@ def check_command(
         verdict = dataclasses.replace(verdict, target=numerics.summary(found))
     drifted = _drift(made.title, runner(*args), against, accept, budget) if against is not None and code is ExitCode.OK else []
     code = ExitCode.MISMATCH if drifted else code
-    raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "versions": dict(made.versions), "effects": [dataclasses.asdict(e) for e in found], "drift": drifted} | dataclasses.asdict(verdict), indent=1, default=str)
+    raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "made": origin.made(made.problem.cluster, seed=seed), "effects": [dataclasses.asdict(e) for e in found], "drift": drifted} | dataclasses.asdict(verdict), indent=1, default=str)
     print(raw if as_json else verdict)
     if found and not as_json:
         print(numerics.effects_text(found))
@@ -257,7 +264,7 @@ def validate_command(
     with progress() as say:
         found = validate(folder, progress=say)
     if as_json:
-        print(json.dumps([dataclasses.asdict(p) | {"error": p.error, "inside": p.inside} for p in found]))
+        print(as_rows([dataclasses.asdict(p) | {"error": p.error, "inside": p.inside} for p in found]))
         return
     if points:
         lines = [(p.subject, p.metric, p.what, "fitted" if p.fitted else "", seconds(p.published), seconds(p.predicted), f"{100 * p.error:+.1f} %",
@@ -281,15 +288,18 @@ def _print_others(folder: Path | None, device: str | None, as_json: bool) -> Non
         else:
             found = operators(folder, profiles.device(device), progress=say)
             shown, raw = operators_text(found), [dataclasses.asdict(o) for o in found]
-    print(json.dumps(raw) if as_json else shown)
+    print(as_rows(raw) if as_json else shown)
 
 
 @app.command("devices")
-def devices_command(as_json: AsJson = False) -> None:
-    """List the devices and clusters that come with the package, with the sources of their numbers (--json)."""
+def devices_command(as_json: AsJson = False, schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema of profiles, for editors")] = False) -> None:
+    """List the devices and clusters that are known by name, with the sources of their numbers (--json)."""
     from partition import profiles
     from partition.catalogue import clusters_text, devices_json, devices_text
 
+    if schema:
+        print(json.dumps(profiles.schema(), indent=1))
+        return
     devices = [profiles.device(n) for n in profiles.names("device")]
     clusters = [profiles.cluster(n) for n in profiles.names("cluster")]
     if as_json:
@@ -300,12 +310,24 @@ def devices_command(as_json: AsJson = False) -> None:
 
 @app.command("policies")
 def policies_command(as_json: AsJson = False) -> None:
-    """List the policies."""
+    """List the policies, and the packages that they come from."""
+    from partition.catalogue import plugins
     from partition.policies import POLICIES
+    from partition.shipped import OURS
     from partition.tables import table
 
-    about = {name: (p.__doc__ or "").strip().splitlines()[0] for name, p in sorted(POLICIES.items())}
-    print(json.dumps(about, indent=1) if as_json else table("Policies", ("policy", "what it does"), about.items()))
+    rows = [{"name": name, "package": OURS, "about": (p.__doc__ or "").strip().splitlines()[0]} for name, p in sorted(POLICIES.items())] + plugins("policies")
+    print(as_rows(rows) if as_json else table("Policies", ("policy", "from", "what it does"), [tuple(r.values()) for r in rows]))
+
+
+@app.command("models")
+def models_command(as_json: AsJson = False) -> None:
+    """List the models that are known by name, and the packages that they come from."""
+    from partition.catalogue import plugins
+    from partition.tables import table
+
+    rows = plugins("models")
+    print(as_rows(rows) if as_json else table("Models", ("model", "from", "made by"), [tuple(r.values()) for r in rows]))
 
 
 @app.command("demo")

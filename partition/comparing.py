@@ -26,6 +26,7 @@ from partition.cli import (
     Sharding,
     Trips,
     app,
+    as_rows,
     limited,
     progress,
     replaced,
@@ -80,9 +81,9 @@ def compare_command(
         results = compare({model: problem}, names, seconds=seconds_each, jobs=jobs, progress=say)
         order = rank(problem, {r.policy: r.placement for r in results if r.placement is not None}, draws=draws, progress=say) if bands else None
     if as_json:
-        print(json.dumps([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "proof": r.proof, "why_not": r.why_not,
+        print(as_rows([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "proof": r.proof, "why_not": r.why_not,
                            "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")}}
-                          for r in results]))  # fmt: skip
+                          for r in results], problem.cluster))  # fmt: skip
         return
     lines = []
     for r in results:
@@ -134,7 +135,7 @@ def bench_command(
         return -r.score if problems[r.problem].rates is not None else -1 / r.score if r.score < 0 else r.score
 
     if as_json:
-        print(json.dumps([{"problem": r.problem, "digest": suites.digest(problems[r.problem]), "policy": r.policy, "seconds": r.seconds, "value": None if r.estimate is None else value(r),
+        print(as_rows([{"problem": r.problem, "digest": suites.digest(problems[r.problem]), "policy": r.policy, "seconds": r.seconds, "value": None if r.estimate is None else value(r),
                            "gap": r.gap, "proof": r.proof, "why_not": r.why_not} for r in results]))  # fmt: skip
         return
     lines = [(r.problem, r.policy, spoken(r.seconds), "-" if r.estimate is None else f"{value(r):.6g}", "-" if r.gap is None else f"{100 * r.gap:.2f} %", r.why_not or r.proof) for r in results]
@@ -165,7 +166,7 @@ def front_command(
         found = front(problem, wanted, policy=policy, points=points, progress=say)
     names = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
     if as_json:
-        print(json.dumps([{"mesh": p.placement.mesh.tolist()} | {k: getattr(p.estimate, k) for k in names} for p in found]))
+        print(as_rows([{"mesh": p.placement.mesh.tolist()} | {k: getattr(p.estimate, k) for k in names} for p in found], problem.cluster))
         return
     lines = [[f"{i + 1}", *(f"{getattr(p.estimate, k):.5g}" for k in names), " ".join(sorted({problem.kinds[m] for m in p.placement.mesh}))] for i, p in enumerate(found)]
     print(table(f"{model} on {cluster}: none of these is better than another in all of {', '.join(wanted)} (SI units, $, J)", ("point", *names, "meshes"), lines))
@@ -200,10 +201,12 @@ def explain_command(
         say("place the alternatives")
         answer = explain(problem, load=load, busiest=busiest, others=others)
     if as_json:
+        from partition.origin import made
+
         told = [{"name": a.name, "why_not": a.why_not} | ({} if a.estimate is None or a.fleet is None else
                  {k: getattr(a.estimate, k) for k in ("ttft", "tpot", "e2e", "usd_per_mtok", "usd_reserved")} | {"binds": a.binds, "meshes": a.fleet.problem.meshes}
                  | {f"load_{k}": getattr(a.fleet, k) for k in ("copies", "busy", "ttft", "usd_per_mtok", "ratio")}) for a in answer.alternatives]  # fmt: skip
-        print(json.dumps({"sentence": answer.sentence, "load": answer.rate, "window": answer.window, "ingest": answer.ingest, "flip_beta": answer.flip_beta, "alternatives": told}))
+        print(json.dumps({"made": made(problem.cluster), "sentence": answer.sentence, "load": answer.rate, "window": answer.window, "ingest": answer.ingest, "flip_beta": answer.flip_beta, "alternatives": told}))
         return
     lines = []
     for a in answer.alternatives:
@@ -225,4 +228,22 @@ def claims_command(
 
     with progress() as say:
         found = examine(lambda: request(model, batch=batch, prompt=prompt, new_tokens=new_tokens), split=cluster, gpus=gpus, progress=say)
-    print(json.dumps([dataclasses.asdict(c) for c in found]) if as_json else claims_text(found))
+    print(as_rows([dataclasses.asdict(c) for c in found]) if as_json else claims_text(found))
+
+
+@app.command("diff")
+def diff_command(
+    first: Annotated[Path, typer.Argument(help="a plan.json, or its folder")], second: Annotated[Path, typer.Argument(help="another")],
+    quick: Annotated[bool, typer.Option("--quick", help="do not make the first plan again with each input that differs")] = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """How two plans differ, and which input caused it."""
+    from partition.changes import diff, load_both
+    from partition.origin import made
+
+    a, b = load_both(first, second)
+    with progress() as say:
+        found = diff(a, b, again=not quick, progress=say)
+    if as_json:
+        print(json.dumps({"made": made()} | dataclasses.asdict(found) | {"moved": [[*k, n] for k, n in found.moved.items()]}, default=str))
+    else:
+        print(found)

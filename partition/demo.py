@@ -9,6 +9,7 @@ from typing import Any
 from partition import equivalence, execution, outputs, pipeline, reporting
 from partition.explanation import explain
 from partition.pipeline import Plan, plan
+from partition.shipped import shipped
 
 QUESTION = "What is the capital of France?"
 NEW_TOKENS = 24
@@ -46,12 +47,9 @@ def _part(made: Plan) -> str:
 
 def _small(random_init: bool) -> tuple[Any, tuple[Any, ...], Callable[[Any], str], str]:
     """SmolLM2 with its real weights and tokenizer, or of its shape with random weights, and how to read what it writes."""
-    import importlib
-
     import numpy as np
 
-    checkpoint = importlib.import_module("models.checkpoint")
-    llama = importlib.import_module("models.llama")
+    checkpoint, llama = shipped("models.checkpoint"), shipped("models.llama")
     file = None if random_init else checkpoint.packaged_gguf()
     try:
         opened = checkpoint.open_gguf(file) if file is not None else None

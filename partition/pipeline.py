@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +27,11 @@ from partition.errors import NameUnknownError, OutputError, PartitionError, Plac
 from partition.evaluation import Estimate, evaluate, verify
 from partition.hardware import Cluster
 from partition.limits import within
+from partition.origin import hashes, versions
 from partition.outputs import write
 from partition.policies import POLICIES, Policy
 from partition.problem import Placement, Problem
+from partition.shipped import OURS, shipped
 from partition.soundness import hold_sound
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ def _named(group: str, name: str, known: Mapping[str, Any], kind: str) -> Any:
         return known[name]
     points = {p.name: p for p in importlib.metadata.entry_points(group=group)}
     if name in points:
-        return points[name].load()
+        point = points[name]
+        return getattr(shipped(point.module), point.attr) if point.dist is not None and point.dist.name == OURS else point.load()
     if ":" in name:
         module, _, attr = name.partition(":")
         sys.path.insert(0, os.getcwd())
@@ -205,19 +207,10 @@ def policy(name: str | Policy) -> Policy:
 def model(name: str) -> Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]:
     """A model by name (`model("tiny")(prompt=16, new_tokens=8, seed=0)` -> fn, args) or as module:attr, which is then called itself.
 
-    Raises NameUnknownError; and where a folder called "models" of your own hides the package's.
+    Raises NameUnknownError.
     """
-    made = _models_guard(name)
+    made = _named("partition.models", name, {}, "model")
     return made if ":" in name else functools.partial(made, name)
-
-
-def _models_guard(name: str) -> Any:
-    try:
-        return _named("partition.models", name, {}, "model")
-    except (ImportError, AttributeError) as error:
-        found = getattr(sys.modules.get("models"), "__file__", None)
-        raise NameUnknownError(f"model {name!r} cannot be loaded: {error}", where=str(found or "models"),
-                               mend="if a folder called 'models' of yours hides the package's, rename it or start `partition` from elsewhere") from None  # fmt: skip
 
 
 def request(name: str, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -303,17 +296,6 @@ def plan(
     return made
 
 
-def versions() -> dict[str, str]:
-    """What made a result: Python and the packages that decide it."""
-    found = {"python": platform.python_version()}
-    for package in ("partition-planner", "jax", "jaxlib", "flax", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 _ENDS = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
 
 
@@ -324,7 +306,7 @@ def to_json(made: Plan) -> dict[str, Any]:
     p, e = made.problem, made.estimate
     return {
         "format": FORMAT, "title": made.title, "cluster": made.cluster, "policy": made.policy, "request": dict(made.request), "how": list(made.how),
-        "timings": dict(made.timings), "versions": dict(made.versions),
+        "timings": dict(made.timings), "versions": dict(made.versions), "profiles": hashes(p.cluster),
         "placement": {"mesh": made.placement.mesh.tolist(), "also": {str(k): list(v) for k, v in made.placement.also.items()}},
         "estimate": {k: getattr(e, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "usd_reserved", "joules_per_token", "exposed", "crossings", "busy", "occupied", "memory")},
         "band": [dict(end) for end in made.ends],

@@ -8,14 +8,25 @@ itself first.
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
+import importlib.metadata
+import importlib.util
 import math
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
 
 from partition import units
 from partition.errors import NameUnknownError, ProfileError
@@ -35,6 +46,7 @@ from partition.hardware import (
     Streaming,
     Systolic,
 )
+from partition.shipped import OURS, ROOT
 
 _SAID = {"bytes": "number of bytes"}
 """What a dimension is called after "a", where not by its name."""
@@ -72,7 +84,12 @@ def _quantity(dimension: str) -> Any:
         low, high = _band(raw, value, dimension)
         return Quantity(value=value, kind=Kind(raw["kind"]), source=raw["source"], low=low, high=high)
 
-    return Annotated[Quantity, BeforeValidator(read), Field(json_schema_extra={"x-dimension": dimension})]
+    text = {"anyOf": [{"type": "string"}, {"type": "number"}], "examples": [_EXAMPLES[dimension]], "description": f"a {_SAID.get(dimension, dimension)} with its unit, such as {_EXAMPLES[dimension]!r}"}
+    shape = {
+        "type": "object", "required": ["value", "kind", "source"], "additionalProperties": False,
+        "properties": {"value": text, "low": text, "high": text, "kind": {"enum": list(Kind)}, "source": {"type": "string", "minLength": 1, "description": "where the number stands"}, "note": {"type": "string"}, "sparse": {"const": False}},
+    }  # fmt: skip
+    return Annotated[Quantity, BeforeValidator(read), WithJsonSchema(shape)]
 
 
 def _band(raw: dict[str, Any], value: float, dimension: str) -> tuple[float | None, float | None]:
@@ -183,6 +200,17 @@ _TABLES: dict[str, Any] = {"device": Annotated[_schema(Device), AfterValidator(_
 Table = Literal["device", "link", "cluster"]
 
 
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a profile, of whichever table, so that an editor completes and checks it as it is written."""
+    defs: dict[str, Any] = {}
+    kinds = []
+    for table, kind in _TABLES.items():
+        made = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        defs |= made.pop("$defs", {})
+        kinds.append({"type": "object", "title": f"a {table}", "properties": {table: made}, "required": [table], "additionalProperties": False})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "a profile of Partition: a device, a link or a cluster", "oneOf": kinds, "$defs": defs}
+
+
 def _line(text: str, location: tuple[Any, ...]) -> int:
     """The line of the deepest part of `location` that the TOML text holds, from 1."""
     import tree_sitter
@@ -244,8 +272,15 @@ def _read(path: Path, table: Table) -> Any:
                            mend=f"correct {path} at the lines named; docs: device_profiles/README.md") from None  # fmt: skip
 
 
-def _package() -> Path:
-    return Path(str(importlib.resources.files("device_profiles")))
+def folders() -> dict[Path, str]:
+    """Folders of profiles -> the package that each comes from: ours, then those of entry points in the group "partition.profiles", which name a package."""
+    found = {ROOT / "device_profiles": OURS}
+    for point in importlib.metadata.entry_points(group="partition.profiles"):
+        spec = importlib.util.find_spec(point.module)
+        if spec is None or not spec.submodule_search_locations:
+            raise ProfileError(f"the entry point {point.name!r} names no package", where=f"{point.value}, of {point.dist.name if point.dist else 'a package'}", mend="let it name a package that holds profiles, or uninstall it")
+        found[Path(next(iter(spec.submodule_search_locations)))] = point.dist.name if point.dist is not None else point.module
+    return found
 
 
 def _index(folder: Path) -> dict[str, dict[str, Path]]:
@@ -263,14 +298,19 @@ def _index(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def names(table: Table) -> list[str]:
-    """The names of the profiles that come with the package."""
-    return sorted(_index(_package())[table])
+    """The names of the profiles that come with the package, and with plug-ins."""
+    return sorted({name for folder in folders() for name in _index(folder)[table]})
+
+
+def package(name: str, table: Table) -> str:
+    """The package that a profile comes from."""
+    return next(found for folder, found in folders().items() if name in _index(folder)[table])
 
 
 def _find(name: str, table: Table, beside: Path | None = None) -> Path:
     if name.endswith(".toml"):
         return (beside / name) if beside is not None else Path(name)
-    for folder in (beside, _package()):
+    for folder in (beside, *folders()):
         if folder is not None and name in _index(folder)[table]:
             return _index(folder)[table][name]
     raise NameUnknownError.among(table, name, names(table), mend="or name a .toml file of your own")

@@ -70,7 +70,7 @@ def test_wrong_use_is_said_with_its_mend(args: list[str], code: int, says: str, 
 def test_compare_lists_every_policy_and_speaks_json() -> None:
     done = run("compare", "tiny", "--prompt", "16", "--new-tokens", "8", "--policy", "single", "--policy", "random", "--json")
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = json.loads(done.stdout)["rows"]
     assert {r["policy"] for r in rows} == {"single", "random"} and rows[0]["estimate"]["e2e"] <= rows[1]["estimate"]["e2e"]
 
 

@@ -142,12 +142,12 @@ if __name__ == "__main__":
 def test_the_verbs(tmp_path: Path) -> None:
     done = run("bench", "--suite", "v1", "--policy", "m_topo", "--policy", "equal_split", "--jobs", "2", "--picture", str(tmp_path / "p.svg"), "--json")
     assert "factor" not in done.stdout and (tmp_path / "p.svg").stat().st_size > 1000
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["rows"]
     assert done.returncode == 0 and len(found) == 24 and {r["policy"] for r in found} == {"m_topo", "equal_split"} and all(len(r["digest"]) == 12 for r in found)
     done = run("compare", "tiny", "--prompt", "8", "--new-tokens", "4", "--policy", "single", "--policy", "phase_split", "--bands", "--draws", "50")
     assert done.returncode == 0 and "of 50 draws" in done.stdout
     done = run("front", "tiny", "--prompt", "8", "--new-tokens", "4", "--objective", "usd", "--objective", "tpot", "--points", "1", "--policy", "order_dp", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)[0]["usd_per_mtok"] > 0
+    assert done.returncode == 0 and json.loads(done.stdout)["rows"][0]["usd_per_mtok"] > 0
     done = run("explain", "tiny", "--prompt", "8", "--new-tokens", "4", "--cluster", "trn2_efa_cs3")
     assert done.returncode == 0 and "best found" in done.stdout
 

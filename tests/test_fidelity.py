@@ -145,5 +145,5 @@ def test_the_command_prints_points_and_json(tmp_path: Path) -> None:
     (tmp_path / "one.toml").write_text(GOOD)
     shown = CliRunner().invoke(app, ["validate", str(tmp_path), "--points"])
     assert shown.exit_code == 0 and "bytes 1000" in shown.output and "mean error" in shown.output
-    raw = json.loads(CliRunner().invoke(app, ["validate", str(tmp_path), "--json"]).stdout)
+    raw = json.loads(CliRunner().invoke(app, ["validate", str(tmp_path), "--json"]).stdout)["rows"]
     assert raw[0]["subject"] == "rdma_200" and raw[0]["error"] == pytest.approx((0.394e-3 + 1000 / 146e9) / 1e-3 - 1)

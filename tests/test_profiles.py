@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -280,3 +282,17 @@ def test_a_profile_written_after_the_error_is_found(tmp_path: Path) -> None:
         profiles.cluster(path)
     put(tmp_path, "mine.toml", DEVICE)
     assert profiles.cluster(path).mesh("a").device.name == "mine"
+
+
+def test_the_schema_is_current_and_says_what_the_reader_says() -> None:
+    """An editor that holds a profile to the schema finds what the reader would: names, numbers without a source, unknown tables."""
+    jsonschema = pytest.importorskip("jsonschema")
+    file = Path(__file__).parents[1] / "device_profiles" / "profile.schema.json"
+    schema = json.loads(file.read_text())
+    assert schema == json.loads(json.dumps(profiles.schema())), "make it again: partition devices --schema > device_profiles/profile.schema.json"
+    checker = jsonschema.Draft202012Validator(schema)
+    for path in sorted(file.parent.glob("*.toml")):
+        checker.validate(json.loads(json.dumps(tomllib.loads(path.read_text()))))
+    good = tomllib.loads((file.parent / "cs3.toml").read_text())
+    for change in ({"colour": "blue"}, {"name": ""}, {"price": 3}, {"price": {"value": "3 $/h", "kind": "published"}}, {"price": {"value": "3 $/h", "kind": "guess", "source": "x"}}):
+        assert not checker.is_valid({"device": good["device"] | change}), change

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import math
 import tomllib
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from partition import units
 from partition.errors import ProfileError
 from partition.hardware import Kind
+from partition.shipped import ROOT
 
 COLUMNS = ("model", "weights", "dtype", "chips", "batch", "prompt", "context", "side", "bytes", "tokens", "value")
 """What a point may say: the model and, where they are not the model's own, dtypes of its weights and of all; devices; sequences at once;
@@ -47,7 +47,7 @@ class Measurements(BaseModel):
 
 def measurements(folder: str | Path | None = None) -> list[tuple[Path, Measurements]]:
     """Read every file of measurements of a folder, by default those that come with the package. Raises ProfileError."""
-    where = Path(folder) if folder is not None else Path(str(importlib.resources.files("device_profiles"))) / "measurements"
+    where = Path(folder) if folder is not None else ROOT / "device_profiles" / "measurements"
     files = sorted(where.glob("*.toml"))
     if not files:
         raise ProfileError("there are no measurements", where=str(where), mend="name a folder of .toml files; docs: device_profiles/README.md")
