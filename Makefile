@@ -7,13 +7,13 @@ STAMP := $(VENV)/.installed
 FOREIGN := .venv-foreign-$(VERSION)
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-all parity foreign lint bench fuzz clean-checks
+.PHONY: demo test test-all parity foreign lint bench fuzz clean-checks notebooks run-notebooks docs
 demo: $(STAMP)
 	$(BIN)/partition demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not parity" -n 2
-	@echo "left out: slow and parity tests (make test-all), models of others (make foreign), benchmarks (make bench)"
+	@echo "left out: slow and parity tests (make test-all), long notebooks (make run-notebooks), models of others (make foreign), benchmarks (make bench)"
 
 test-all: $(STAMP) parity
 	$(BIN)/python -m pytest -m "not parity" -n 2
@@ -51,6 +51,13 @@ fuzz: $(STAMP)
 # a thousand checks of cuts that are right, none of which may raise an alarm; half an hour on two cores
 clean-checks: $(STAMP)
 	$(BIN)/python tests/clean.py
+
+# notebooks from their sources, the files beside them that end in .py
+notebooks: $(STAMP)
+	$(BIN)/jupytext -q --to ipynb --update notebooks/*.py
+
+run-notebooks: $(STAMP)
+	$(BIN)/python -m pytest tests/test_notebooks.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check partition models tests benchmarks
