@@ -152,8 +152,6 @@ def plan_command(
     writable(out, dump)
     most = limited(limits, ttft=ttft, tpot=tpot)
     made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding, costs=costs, limits=most, keep=keep)
-    if out is not None:
-        made.save(out)
     swings = None
     if sensitive:
         from partition.pipeline import policy as find_policy
@@ -161,6 +159,8 @@ def plan_command(
 
         with progress() as say:
             swings = sensitivity(made, find_policy(policy), progress=say)
+    if out is not None:
+        made.save(out, swings=swings or ())
     if as_json:
         print(json.dumps(to_json(made) | ({} if swings is None else {"sensitivity": [dataclasses.asdict(s) for s in swings]})))
     else:

@@ -37,6 +37,7 @@ from partition.soundness import hold_sound
 if TYPE_CHECKING:
     from partition.program import Program
     from partition.stages import Stages
+    from partition.swings import Swing
 
 FORMAT = 4
 
@@ -102,11 +103,13 @@ class Plan:
 
         return text(self)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write plan.json, report.html and trace.json into a folder, all of them or none. Raises OutputError."""
+    def save(self, folder: str | Path, *, swings: Sequence[Swing] = ()) -> Path:
+        """Write plan.json, report.html, trace.json and explorer.json into a folder, all of them or none. swings: what `sensitivity` found, for the report. Raises OutputError."""
+        from partition.drawings import explorer, overlays
         from partition.reporting import html, trace_events
 
-        return write(folder, {"plan.json": json.dumps(to_json(self), indent=1), "report.html": html(self), "trace.json": json.dumps(trace_events(self))})
+        graphs = {name: json.dumps(value) for name, value in {"explorer.json": explorer(self), **overlays(self)}.items()}
+        return write(folder, graphs | {"plan.json": json.dumps(to_json(self), indent=1), "report.html": html(self, swings), "trace.json": json.dumps(trace_events(self))})
 
     @staticmethod
     def load(path: str | Path) -> Plan:

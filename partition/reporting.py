@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape, quoteattr
 
@@ -17,10 +19,12 @@ from partition.units import dollars, flops, rate, seconds, size
 from partition.work import Work
 
 if TYPE_CHECKING:
+    from partition.drawings import Point
     from partition.equivalence import Verdict
     from partition.explanation import Answer
     from partition.pipeline import Plan
     from partition.problem import Problem
+    from partition.swings import Swing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,10 +208,55 @@ def _bars(timeline: Timeline) -> dict[str, Any]:
     return {"tracks": shown, "length": seconds(length)}
 
 
-def html(plan: Plan) -> str:
-    """The report: one file that opens offline."""
+def _pictures(plan: Plan, timeline: Timeline) -> dict[str, Any]:
+    """Memory, roofline and blocks by mesh as coordinates of drawings 1,000 wide."""
+    from partition import drawings
+
+    p, colours = plan.problem, drawings.COLOURS
+    length = max((s.end for s in timeline.slots), default=0.0) or 1.0
+    tracks = []
+    for name, steps in drawings.memory(timeline).items():
+        cap = float(p.capacity[p.meshes.index(name)])
+        path = "".join(f"{'M' if i == 0 else 'H'}{1000 * at / length:.1f}{',' if i == 0 else 'V'}{40 - 40 * held / cap:.2f}" for i, (at, held) in enumerate(steps))
+        tracks.append((name, path, size(max(h for _, h in steps)), size(cap), colours[p.meshes.index(name) % len(colours)]))
+    points, roofs = drawings.roofline(plan)
+    blocks, flows = drawings.lanes(plan)
+    used = sorted({m for _, m, _, _ in blocks})
+    row = {m: 26 + 44 * i for i, m in enumerate(used)}
+    dots = [(1000 * x, row[m], phase, name) for x, m, phase, name in blocks]
+    arcs = [(dots[a][0], dots[a][1], dots[b][0], dots[b][1], kind, size(n)) for a, b, kind, n in flows]
+    return {"memory": tracks, "roofline": _roofline(points, roofs, p.meshes, colours), "dots": dots, "arcs": arcs, "rows": [(row[m], p.meshes[m], colours[m % len(colours)]) for m in used], "height": 44 * len(used) + 10}
+
+
+def _roofline(points: Sequence[Point], roofs: Mapping[str, tuple[float, float]], meshes: Sequence[str], colours: Sequence[str]) -> dict[str, Any] | None:
+    """Points and roofs as coordinates of a drawing 1,000 x 320 with logarithmic axes; None where there is nothing to draw."""
+    if not points or not roofs:
+        return None
+    ridges = [f / b for f, b in roofs.values()]
+    x0, x1 = (10.0 ** f(math.log10(v)) for f, v in ((math.floor, min([x.intensity for x in points] + ridges)), (math.ceil, max([x.intensity for x in points] + ridges))))
+    y0, y1 = 10.0 ** math.floor(math.log10(min(x.reached for x in points))), 10.0 ** math.ceil(math.log10(max(f for f, _ in roofs.values())))
+
+    def x(v: float) -> float:
+        return 60 + 920 * math.log10(v / x0) / math.log10(x1 / x0)
+
+    def y(v: float) -> float:
+        return 290 - 280 * math.log10(v / y0) / math.log10(y1 / y0)
+
+    lines = []
+    for name, (peak, bandwidth) in roofs.items():
+        low = max(x0, y0 / bandwidth)
+        lines.append((f"M{x(low):.1f},{y(low * bandwidth):.1f}L{x(peak / bandwidth):.1f},{y(peak):.1f}H980", name, x(peak / bandwidth), y(peak)))
+    ticks = [(x(10.0**k), f"10^{k}") for k in range(round(math.log10(x0)), round(math.log10(x1)) + 1)]
+    marks = [(y(10.0**k), f"{flops(10.0**k)}/s") for k in range(round(math.log10(y0)), round(math.log10(y1)) + 1)]
+    shown = [(x(p.intensity), y(p.reached), p.phase, f"{p.name} on {meshes[p.mesh]}: {p.intensity:.3g} flops/B, {flops(p.reached)}/s") for p in points]
+    return {"lines": lines, "points": shown, "ticks": ticks, "marks": marks[:: max(1, len(marks) // 6)]}
+
+
+def html(plan: Plan, swings: Sequence[Swing] = ()) -> str:
+    """The report: one file that opens offline. swings: what `sensitivity` found."""
     import jinja2
 
+    from partition import drawings
     from partition.explanation import explain
 
     try:
@@ -229,8 +278,9 @@ def html(plan: Plan) -> str:
             sources += [(device.name, k, f"{float(q):.4g}", str(q.kind), q.source) for k, q in fields.items()]
         for edge in {x.link.name: x for x in p.cluster.edges}.values():
             sources += [(edge.link.name, k, f"{float(q):.4g}", str(q.kind), q.source) for k, q in (("alpha", edge.link.alpha), ("beta", edge.link.beta), ("ingest", edge.ingest)) if q]  # fmt: skip
+    timeline = schedule(p, plan.placement)
     return template.render(
-        plan=plan, e=e, p=p, headline=headline(plan), answer=answer, reason=reason, rows=rows(plan), bars=_bars(schedule(p, plan.placement)),
+        swings=swings[:12], pictures=_pictures(plan, timeline), formulas=drawings.formulas(plan), colours=drawings.COLOURS, plan=plan, e=e, p=p, headline=headline(plan), answer=answer, reason=reason, rows=rows(plan), bars=_bars(timeline),
         sources=sources, seconds=seconds, size=size, flops=flops, dollars=dollars, rate=rate, Phase=Phase, zip=zip,
         links=links(plan),
     )  # fmt: skip
