@@ -28,7 +28,7 @@ from partition.graph import Role, Tensor, Value
 from partition.origin import versions
 from partition.stages import LoopPlan, Stage, Stages
 
-FORMAT = "partition export 1"
+FORMAT = "partition export 2"
 
 
 def export(stages: Stages, folder: str | Path, *args: Any) -> Path:
@@ -45,7 +45,8 @@ def export(stages: Stages, folder: str | Path, *args: Any) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write there: {error.strerror}", where=str(target), mend="name a folder that you may write to") from None
     try:
-        (made / "manifest.json").write_text(json.dumps(_manifest(stages, made, args), indent=1))
+        manifest = _manifest(stages, made, args)
+        (made / "manifest.json").write_text(json.dumps(manifest | {"digest": _digest(json.loads(json.dumps(manifest)))}, indent=1))
         made.chmod(0o755)
         made.rename(target)
     except OSError as error:
@@ -75,6 +76,11 @@ def _manifest(stages: Stages, folder: Path, args: tuple[Any, ...]) -> dict[str, 
         "trips": problem.workload.trips, "steps": [s.id if isinstance(s, Stage) else _loop(s) for s in stages.steps], "stages": rows, "arrays": arrays,
         "crosses": [{"value": t.value, "from": problem.meshes[t.src], "to": problem.meshes[t.dst], "bytes": t.nbytes, "times": t.times} for t in transfers(stages)], "sha256": files,
     }  # fmt: skip
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """A checksum of all that a manifest says, but for the checksum."""
+    return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "digest"}, sort_keys=True).encode()).hexdigest()
 
 
 def _touched(plan: LoopPlan) -> set[int]:
@@ -257,6 +263,8 @@ def load(folder: str | Path, meshes: Collection[int] | None = None) -> Exported:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
+        if manifest.get("digest") != _digest(manifest):
+            raise OutputError("manifest.json is not what was exported: its checksum differs", where=str(folder / "manifest.json"), mend="export again, or copy the folder again")
         for name, told_sum in manifest["sha256"].items():
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != told_sum:

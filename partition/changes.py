@@ -131,6 +131,8 @@ def _tried(a: Plan, b: Plan, change: Change, numbers: set[str], say: Callable[[s
     try:
         if change.what in asked:
             asked[change.what] = b.request[change.what]
+        elif change.what in ("prompt", "new_tokens", "batch"):
+            return dataclasses.replace(change, why_not="one of the models has its own")
         elif change.what == "policy":
             policy = b.policy
         elif change.what == "objective":

@@ -61,18 +61,20 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
     from partition import measured, profiles
     from partition.pipeline import model_bytes, plan, request
     from partition.pipeline import policy as find_policy
+    from partition.program import DEFAULT_HOST_DEVICES, host_devices
 
     machines = replaced(profiles.cluster(cluster), sets)  # wrong names are said before the model is built
     find_policy(policy)
     with progress() as say:
         say(f"build {model}")
+        host_devices(DEFAULT_HOST_DEVICES)  # before a model of the user's starts JAX
         if seed is not None and ":" not in model:
             _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
         fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
         title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
         made = plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, keep=keep or (), costs=None if costs is None else measured.read(costs))
-        asked = {"model": model, "prompt": prompt, "new_tokens": new_tokens, "batch": batch, "trips": trips, "sharding": sharding}
-        return dataclasses.replace(made, request={} if ":" in model else asked), args
+        sizes = {} if ":" in model else {"prompt": prompt, "new_tokens": new_tokens, "batch": batch}
+        return dataclasses.replace(made, request={"model": model, **sizes, "trips": trips, "sharding": sharding}), args
 
 
 def as_rows(rows: Sequence[Any], cluster: Cluster | None = None) -> str:
@@ -192,6 +194,13 @@ def check_command(
     from partition.program import compile_cache
 
     compile_cache()
+    if against is None and (accept is not None or budget is not None):
+        raise PartitionError("there is no recorded run to hold this one against", where="--accept" if accept is not None else "--budget", mend="name its file: --against baseline.json")
+    if accept is not None and not accept.strip():
+        raise PartitionError("a run is not recorded without a reason", where="--accept", mend="say why it is right: --accept 'new jaxlib, checked by hand'")
+    for file in (json_file, junit):
+        if file is not None and file.is_dir():
+            raise PartitionError("that is a folder", where=str(file), mend="name a file in it")
     writable(*(file.parent for file in (json_file, junit) if file is not None))
     made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=None if shrink else seed, sets=sets, sharding=sharding)
     with progress() as say:

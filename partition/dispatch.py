@@ -141,7 +141,7 @@ class Walk:
         needed = {(v, s.mesh) for s in inner for v in s.inputs if v[0] in carry}
         for _ in plan.carry:  # a carry that only takes another's place is needed where that one is
             needed |= {((carry[v[0]][1], v[1]), m) for v, m in needed if carry[v[0]][1] in carry}
-        kept = {t for t, _, new in plan.carry if new in {r[1] for r in plan.results}} - {v[0] for v, _ in needed}
+        kept = {t for t, _, new in plan.carry if {t, new} & {r[1] for r in plan.results}} - {v[0] for v, _ in needed}
         needed |= {((t, None), inner[0].mesh) for t in kept}
         xs = {(v, s.mesh) for s in inner for v in s.inputs if v[0] in dict(plan.xs)}
         xs |= {((new, None), inner[0].mesh) for _, _, new in plan.carry if new in dict(plan.xs)}

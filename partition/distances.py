@@ -13,13 +13,15 @@ import numpy as np
 
 from partition import _jax
 
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""How far a float may be off, as a share of the largest magnitude of its tensor: a hundred or so roundings of the dtype. Integers,
-truth values and keys must be equal."""
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "complex64": 1e-5, "complex128": 1e-12}
+"""How far a float may be off, as a share of the scale of its tensor: a few roundings of the narrow types, a hundred of the wide ones. What is further is held
+against float64. Integers, truth values and keys must be equal."""
+FAR = 1e3
+"""Values so many times as large as all that differ say nothing of their scale: what a mask or padding holds."""
 
-OWN, MOST = 4.0, 100.0
+OWN, MOST, FEW = 4.0, 100.0, 8
 """A value beyond its tolerance may be OWN times as far from float64 as the uncut program's own (another order of the same sums), where that is itself no further
-than MOST tolerances: what is further is no rounding, but another model."""
+than MOST tolerances: what is further is no rounding, but another model. FEW: elements that an index must have for its own noise to be known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +29,7 @@ class Difference:
     """One tensor of the cut program against the uncut one.
 
     bitwise: every bit equal. invalid: places where one is NaN or infinite and the other is not the same. max_abs, max_ulp: largest
-    distance, in value and in units in the last place. relative: max_abs over the largest magnitude of the reference. wrong: elements
+    distance, in value and in units in the last place. relative: max_abs over the scale, the largest magnitude of the reference that is not FAR beyond all that differs. wrong: elements
     that differ. equal: within the stated bound. rms: of the differences. cosine: of the two as directions (1 where both are 0).
     steps: how many elements lie 0, 1, 2, up to 4, 16, 256, and more units in the last place apart. first: index of the first element that differs. oracle: rms errors of the
     uncut and of the cut against float64, where that was asked for. rounding: beyond the bound, but no further from float64 than the uncut program's
@@ -78,6 +80,16 @@ def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return distance
 
 
+def floating(dtype: str) -> bool:
+    """Whether a dtype's name is of floats, or of pairs of them."""
+    return "float" in dtype or "complex" in dtype
+
+
+def parts(array: np.ndarray) -> np.ndarray:
+    """Complex numbers as real and imaginary parts under a last dimension; others as they are."""
+    return np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else array
+
+
 def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, float] | None = None) -> Difference:
     """Compare two arrays: shapes and dtypes, then NaN and infinity, then values."""
     a, b = _jax.to_numpy(reference), _jax.to_numpy(candidate)
@@ -87,7 +99,8 @@ def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, f
                           relative=np.inf, max_ulp=0, wrong=max(a.size, 1), bound=0.0, equal=False)  # fmt: skip
     bound = (tolerance or TOLERANCE).get(dtype, 0.0)
     bitwise = a.tobytes() == b.tobytes()
-    if "float" not in dtype:
+    a, b = parts(a), parts(b)
+    if not floating(dtype):
         wrong = int((a != b).sum())
         gap = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) if wrong and a.dtype != bool else float(bool(wrong))
         return Difference(name=name, shape=shape, dtype=dtype, bitwise=bitwise, invalid=0, max_abs=gap, relative=gap, max_ulp=0,
@@ -98,7 +111,9 @@ def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, f
     invalid = int((~finite & ~same).sum())
     gaps = np.where(finite, np.abs(np.where(finite, x, 0) - np.where(finite, y, 0)), 0.0)
     gap = float(gaps.max(initial=0.0))
-    scale = float(np.abs(np.where(np.isfinite(x), x, 0.0)).max(initial=0.0))
+    size = np.abs(np.where(finite, x, 0.0))
+    differing = np.maximum(size, np.abs(np.where(finite, y, 0.0)))[finite & ~same].max(initial=0.0)
+    scale = float(size[size <= FAR * differing].max(initial=0.0))
     relative = gap / scale if scale > 0 else (0.0 if gap == 0 else np.inf)
     apart = np.where(finite, ulps(a, b), 0).astype(np.float64) if gap > 0 else np.zeros(a.shape)
     length = float(np.sqrt((np.where(finite, x, 0) ** 2).sum() * (np.where(finite, y, 0) ** 2).sum()))
@@ -113,25 +128,42 @@ def _first(differs: np.ndarray) -> tuple[int, ...] | None:
     return tuple(int(i) for i in np.argwhere(differs)[0]) if differs.any() else None
 
 
+def _errors(oracle: Any, reference: Any, candidate: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(the oracle, errors of the reference, errors of the candidate) as float64; None where their shapes differ. What is not finite counts as no error."""
+    truth, a, b = (parts(_jax.to_numpy(v)).astype(np.float64) for v in (oracle, reference, candidate))
+    if not truth.shape == a.shape == b.shape:
+        return None
+    finite = np.isfinite(truth) & np.isfinite(a) & np.isfinite(b)
+    return truth, *(np.abs(np.where(finite, x, 0.0) - np.where(finite, truth, 0.0)) for x in (a, b))
+
+
+def _rms(errors: np.ndarray) -> float:
+    return float(np.sqrt((errors**2).mean())) if errors.size else 0.0
+
+
 def against(difference: Difference, oracle: Any, reference: Any, candidate: Any) -> Difference:
     """A difference with the rms errors of both against an oracle, where floats are compared."""
-    truth, a, b = (np.asarray(_jax.to_numpy(v), np.float64) for v in (oracle, reference, candidate))
-    if "float" not in difference.dtype or not truth.shape == a.shape == b.shape:
-        return difference
-    finite = np.isfinite(truth) & np.isfinite(a) & np.isfinite(b)
-    errors = [float(np.sqrt((np.where(finite, x - np.where(finite, truth, 0), 0) ** 2).sum() / max(finite.sum(), 1))) for x in (np.where(finite, a, 0), np.where(finite, b, 0))]
-    return dataclasses.replace(difference, oracle=(errors[0], errors[1]))
+    found = _errors(oracle, reference, candidate) if floating(difference.dtype) else None
+    return difference if found is None else dataclasses.replace(difference, oracle=(_rms(found[1]), _rms(found[2])))
 
 
 def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any) -> Difference:
-    """A difference beyond its bound, held against float64: it is equal all the same where the candidate's largest error is at most OWN times the reference's own, as
-    where large terms cancel and little but rounding is left (and the reference's is at most MOST bounds)."""
-    truth, a, b = (np.asarray(_jax.to_numpy(v), np.float64) for v in (oracle, reference, candidate))
-    if difference.equal or difference.invalid or "float" not in difference.dtype or not truth.shape == a.shape == b.shape or not np.isfinite(truth).all():
+    """A difference beyond its bound, held against float64: it is equal all the same where the candidate errs at most OWN times as much as the reference, by rms, at most, and
+    along each index of each dimension, as where large terms cancel and little but rounding is left; and where the reference itself is at most MOST bounds off."""
+    found = None if difference.equal or difference.invalid or not floating(difference.dtype) else _errors(oracle, reference, candidate)
+    if found is None:
         return difference
-    own, other = (float(np.abs(np.where(np.isfinite(x), x - truth, 0.0)).max(initial=0.0)) for x in (a, b))
-    rounding = other <= OWN * own and own <= MOST * difference.bound * float(np.abs(truth).max(initial=0.0))
-    return dataclasses.replace(against(difference, oracle, reference, candidate), equal=True, rounding=True) if rounding else difference
+    truth, own, other = found
+    noise = np.full(own.shape, own.max(initial=0.0))
+    for d in range(own.ndim):
+        rest = tuple(i for i in range(own.ndim) if i != d)
+        if own.size >= FEW * own.shape[d]:  # enough of them to know how noisy an index is
+            noise = np.minimum(noise, own.max(axis=rest, keepdims=True))
+    size = np.abs(truth[np.isfinite(truth)])
+    scale = float(size[size <= FAR * np.median(size)].max(initial=0.0)) if size.size else 0.0
+    beyond = other > np.maximum(OWN * noise, difference.bound * scale)
+    rounding = not beyond.any() and _rms(other) <= OWN * _rms(own) and own.max(initial=0.0) <= MOST * difference.bound * max(scale, float(size.max(initial=0.0)) * 1e-3)
+    return dataclasses.replace(difference, oracle=(_rms(own), _rms(other)), equal=rounding, rounding=rounding)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

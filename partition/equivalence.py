@@ -23,8 +23,8 @@ from partition import _jax, divergence
 from partition._jax.lifting import float64
 from partition._jax.likeness import unlike
 from partition.dispatch import transfers
-from partition.distances import Choices, Difference, against, choices, compare, judged
-from partition.errors import EquivalenceError, ExecutionError
+from partition.distances import TOLERANCE, Choices, Difference, against, choices, compare, floating, judged, parts
+from partition.errors import EquivalenceError, ExecutionError, told, user_line
 from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
 from partition.graph import Value
 from partition.references import References, logits
@@ -78,19 +78,23 @@ class Verdict:
 
 
 def check(
-    stages: Stages | Callable[..., Any], *args: Any, strict: bool = True, tolerance: Mapping[str, float] | None = None, trips: int = 2, oracle: bool = False, runner: Runner | None = None,
+    stages: Stages | Callable[..., Any], *args: Any, strict: bool = True, tolerance: Mapping[str, float] | float | None = None, trips: int = 2, oracle: bool = False, runner: Runner | None = None,
 ) -> Verdict:  # fmt: skip
     """Run cut and uncut and compare outputs and stage boundaries (inside a cut token loop: of its first `trips` trips and the last).
 
-    strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale, in place of TOLERANCE. oracle: hold both against float64 too.
+    strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale (or one number for all), in place of TOLERANCE. oracle: hold both against float64 too.
     `check(reference, candidate, args)` compares two callables instead, for those who partition by their own means.
     What is beyond the default tolerance is judged by float64: it is equal where it is as near to that as the uncut program's own numbers are.
     Raises EquivalenceError, with the verdict, where they differ by more than that, where every number of an output is NaN, and where the model
     does not give the same twice; ExecutionError where they cannot run.
     """
+    if tolerance is not None and not isinstance(tolerance, Mapping):
+        tolerance = dict.fromkeys(TOLERANCE, float(tolerance))
     if not isinstance(stages, Stages):
         return _two(stages, *args, tolerance=tolerance, oracle=oracle)
     program = stages.program
+    if runner is not None and runner.stages is not stages:
+        raise ExecutionError("the runner was prepared from other stages", where="check(..., runner=...)", mend="pass prepare(stages) of the stages that are checked")
     runner = runner or prepare(stages, strict=strict)
     loaded = bound_inputs(program, args)
     result, record = runner.run(loaded, keep=trips)
@@ -144,7 +148,7 @@ def _refused(verdict: Verdict, what: str, *, where: str, mend: str) -> Equivalen
 def _hold_numbers(verdict: Verdict, reference: Any) -> None:
     """Raises EquivalenceError for an output without a number: NaN that equals NaN shows nothing."""
     for d, leaf in zip(verdict.outputs, jax.tree_util.tree_leaves(reference), strict=True):
-        if "float" in d.dtype and (array := _jax.to_numpy(leaf)).size and np.isnan(array.astype(np.float64)).all():
+        if floating(d.dtype) and (array := _jax.to_numpy(leaf)).size and np.isnan(parts(array).astype(np.float64)).all():
             what = f"every number of output {d.name} is NaN, so nothing is shown"
             raise _refused(dataclasses.replace(verdict, equal=False, bitwise=False, culprit=what), what, where=f"{d.dtype}{list(d.shape)} of the uncut program", mend="look for the first NaN: jax.config.update('jax_debug_nans', True)")
 
@@ -154,19 +158,22 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
     if not callable(reference) or not callable(candidate) or not isinstance(args, tuple | list) or extra:
         raise ExecutionError("check takes stages and the arguments of the model, or two callables and a tuple of arguments", where="check(...)", mend="write check(stages, *args) or check(reference, candidate, args)")
     start = time.perf_counter()
-    want, got = reference(*args), candidate(*args)
+    want, got = (_called(name, fn, args) for name, fn in (("reference", reference), ("candidate", candidate)))
     one, other = jax.tree_util.tree_structure(want), jax.tree_util.tree_structure(got)
     if str(one) != str(other):
         raise EquivalenceError("the two give results of other structures", where=f"{str(one)[:80]} and {str(other)[:80]}", mend="let both give the same tree of arrays")
     outputs, culprit = _compared(want, got, tolerance), None
     beyond = tolerance is None and not all(d.equal for d in outputs)
     if oracle or beyond:
-        truth = float64(jax.make_jaxpr(reference)(*args), jax.tree_util.tree_leaves(args))
+        truth = _wide(reference, args) or [None] * len(outputs)
         rows = (jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got))
         outputs = _against(outputs, truth, *rows) if oracle else outputs
-        outputs = tuple(judged(*row) for row in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
+        outputs = tuple(d if t is None else judged(d, t, a, b) for d, t, a, b in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
     equal = all(d.equal for d in outputs)
-    if not equal and (found := unlike(jax.make_jaxpr(reference)(*args), jax.make_jaxpr(candidate)(*args))) is not None:
+    found = None
+    with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
+        found = unlike(jax.make_jaxpr(reference)(*args), jax.make_jaxpr(candidate)(*args)) if not equal else None
+    if found is not None:
         way, how = found
         culprit = f"{way[-1].primitive.name} at {_jax.source(way[-1], (way[0], None))}: the candidate's {how}" if way else how
     bitwise = equal and all(d.bitwise for d in outputs)
@@ -175,9 +182,28 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
         trips=None, planned_trips=0, seconds=time.perf_counter() - start, options={},
     )  # fmt: skip
     _hold_numbers(verdict, want)
+    for name, fn, before in (("reference", reference, want), ("candidate", candidate, got)):
+        if not equal and not all(d.bitwise for d in _compared(before, _called(name, fn, args), None)):
+            raise _refused(verdict, f"the {name} does not give the same numbers twice", where=getattr(fn, "__qualname__", name), mend="give it keys as arguments, or take out what changes from run to run")
     if not equal:
         raise _refused(verdict, "reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the first equation that is another")
     return verdict
+
+
+def _called(name: str, fn: Callable[..., Any], args: Any) -> Any:
+    """What a callable of the user's gives. Raises ExecutionError for one that raises."""
+    try:
+        return fn(*args)
+    except Exception as error:
+        raise ExecutionError(f"the {name} raised {told(error)}", where=user_line(error), mend="make it run by itself first") from error
+
+
+def _wide(reference: Callable[..., Any], args: Any) -> list[Any] | None:
+    """What a callable gives in float64; None where JAX cannot trace it."""
+    try:
+        return list(float64(jax.make_jaxpr(reference)(*args), jax.tree_util.tree_leaves(args)))
+    except Exception:  # it is no JAX program: held to its bounds alone
+        return None
 
 
 def _compared(reference: Any, result: Any, tolerance: Mapping[str, float] | None) -> tuple[Difference, ...]:

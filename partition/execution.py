@@ -229,6 +229,8 @@ class Runner:
 
         under_way: how many are at once; as many as there are meshes, so that each can work on another request, unless told.
         """
+        if under_way is not None and under_way < 1:
+            raise ExecutionError(f"{under_way} requests at once run nothing", where="stream(under_way=...)", mend="give 1 or more")
         placed: Placed = {}
         with concurrent.futures.ThreadPoolExecutor(under_way or len(self.meshes)) as pool:
             return list(pool.map(lambda args: self.run(self.load(*args), placed=placed)[0], requests))

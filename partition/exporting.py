@@ -47,9 +47,9 @@ def _exported(plan_file: Path, out: Path, seed: int | None, streamed: bool) -> t
 def run_command(
     folder: Annotated[Path, typer.Argument(help="a folder that `partition export` wrote, with its arguments (--seed); or a plan.json, or its folder")],
     processes: Annotated[bool, typer.Option("--processes", help="each mesh in an operating-system process of its own, the KV cache sent layer by layer")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="of the random weights of a plan's model", min=0)] = 0,
-    retries: Annotated[int, typer.Option("--retries", help="with --processes: how often to run again where a process dies", min=0)] = 0,
-    patience: Annotated[float, typer.Option("--patience", help="with --processes: after so many seconds without a sign of life a process counts as dead", min=0.5)] = 10.0,
+    seed: Annotated[Optional[int], typer.Option("--seed", help="of the random weights of a plan's model; 0 unless told", min=0)] = None,  # noqa: UP045
+    retries: Annotated[Optional[int], typer.Option("--retries", help="with --processes: how often to run again where a process dies; 0 unless told", min=0)] = None,  # noqa: UP045
+    patience: Annotated[Optional[float], typer.Option("--patience", help="with --processes: after so many seconds without a sign of life a process counts as dead; 10 unless told", min=0.5)] = None,  # noqa: UP045
     throttle: Annotated[Optional[str], typer.Option("--throttle", help="with --processes: what a process sends at most, such as '100 MB/s'")] = None,  # noqa: UP045
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -62,9 +62,14 @@ def run_command(
     from partition.processes import launch
     from partition.units import parse
 
+    alone = [name for name, value in (("--retries", retries), ("--patience", patience), ("--throttle", throttle)) if value is not None]
+    if alone and not processes:
+        raise PartitionError(f"{alone[0]} is for separate processes", where=alone[0], mend="add --processes, or leave it out")
+    if seed is not None and (folder / "manifest.json").exists():
+        raise PartitionError("an export holds its own weights", where="--seed", mend="export with another seed, or run the plan.json")
     with tempfile.TemporaryDirectory() as scratch:
         if not (folder / "manifest.json").exists() and (folder.is_file() or (folder / "plan.json").exists()):
-            _, folder = _exported(folder, Path(scratch) / "export", seed, streamed=processes)
+            _, folder = _exported(folder, Path(scratch) / "export", seed or 0, streamed=processes)
         if not processes:
             print(json.dumps(_whole_numbers([np.asarray(x) for x in load(folder).run()])))
             return
@@ -72,9 +77,9 @@ def run_command(
             most = None if throttle is None else parse(throttle, "bandwidth")
         except ValueError as error:
             raise PartitionError(f"{throttle!r} is no bandwidth: {error}", where="--throttle", mend="write a number with its unit, such as '100 MB/s'") from None
-        with progress() as say, launch(folder, patience=patience, throttle=most, progress=say) as running:
+        with progress() as say, launch(folder, patience=patience or 10.0, throttle=most, progress=say) as running:
             say("run the request")
-            answer = running.run(retries=retries)
+            answer = running.run(retries=retries or 0)
     if as_json:
         raw = dataclasses.asdict(answer) | {"outputs": _whole_numbers(answer.outputs), "moved": answer.moved, "overlap": answer.overlap}
         print(json.dumps(raw))

@@ -32,6 +32,8 @@ from partition.transport import TransportError, Wire
 
 HOME = -1
 """The number of the process that launches the others."""
+START = 60.0
+"""Seconds that a process may take until its first sign of life."""
 FAILURES: Mapping[str, type[PartitionError]] = {kind.__name__: kind for kind in (TransportError, OutputError, ExecutionError)}
 """What a process may say went wrong."""
 
@@ -189,6 +191,7 @@ def serve(folder: str, me: int, meshes: Mapping[int, int], names: Mapping[int, s
     """One process: load what its meshes need, then answer requests until told to stop, or until the launching process is gone."""
     wire = Wire(me, token, names, patience=patience, throttle=throttle)
     wire.connect(HOME, home)
+    wire.expect(HOME, START)
     wire.send(HOME, f"{attempt} hello", wire.address)
     placed: dict[tuple[Value, int], Any] = {}
     exported: Exported | None = None
@@ -249,6 +252,7 @@ class Processes:
             raise ExecutionError(f"the export cannot be read: {told(error)}", where=str(folder), mend="name a folder that `partition export` wrote") from None
         self.token, self.attempt = secrets.token_hex(8), 0
         self.wire = Wire(HOME, self.token, self.names, patience=patience)
+        self.lock = threading.Lock()  # one request at a time
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.addresses: dict[int, str] = {}
 
@@ -275,8 +279,15 @@ class Processes:
     def run(self, inputs: Mapping[str, Any] | None = None, *, retries: int = 0) -> Answer:
         """Run a request, once more up to `retries` times where a process dies or a transfer fails; dead processes are started anew.
 
-        inputs: arrays by name in place of the exported ones. Raises TransportError in bounded time; it may be called again.
+        inputs: arrays by name in place of the exported ones. Raises TransportError in bounded time; it may be called again, also by several threads, whose requests
+        then wait for each other.
         """
+        if retries < 0:
+            raise ExecutionError(f"a request cannot be retried {retries} times", where="run(retries=...)", mend="give 0 or more")
+        with self.lock:
+            return self._tries(inputs, retries)
+
+    def _tries(self, inputs: Mapping[str, Any] | None, retries: int) -> Answer:
         for left in reversed(range(retries + 1)):
             try:
                 return self._attempt(inputs or {}, retries + 1 - left)
@@ -319,7 +330,7 @@ class Processes:
             self.running[n] = subprocess.Popen([sys.executable, "-m", "partition.processes", words], env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, stdout=subprocess.DEVNULL)
             self.say(f"start {self.names[n]}")
         for n in fresh:
-            self.wire.expect(n, 60.0)
+            self.wire.expect(n, START)
             self.addresses[n] = self._wait(n, f"{self.attempt} hello")
             self.wire.connect(n, self.addresses[n])
         for n in fresh:
@@ -372,9 +383,13 @@ def launch(folder: str | Path, *, patience: float = 10.0, throttle: float | None
     patience [s]: after how long without a sign of life a peer counts as dead. throttle [B/s]: what a process sends at most.
     Raises ExecutionError where the folder holds no export or pyzmq is not installed.
     """
+    for name, value in (("patience", patience), ("throttle", throttle)):
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf")):
+            raise ExecutionError(f"{name} is {value!r}", where=f"launch({name}=...)", mend="give a number above 0")
     return Processes(Path(folder), patience=patience, throttle=throttle, progress=progress)
 
 
 if __name__ == "__main__":
     _folder, _me, _meshes, _names, *_rest = json.loads(sys.argv[1])
-    serve(_folder, _me, dict(map(tuple, _meshes)), dict(map(tuple, _names)), *_rest)
+    with contextlib.suppress(TransportError, KeyboardInterrupt):  # whoever launched this is gone, or has given up on it: there is nobody to tell
+        serve(_folder, _me, dict(map(tuple, _meshes)), dict(map(tuple, _names)), *_rest)

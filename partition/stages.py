@@ -298,7 +298,7 @@ class _Cutter:
         kept = {(slots[v[0]][1], v[1]) for v in read if v[0] in slots}
         kept |= {(new, None) for outside, new, _ in results} | {(new, None) for _, _, new in carry if new in slots}
         stacked = {new for _, new, every in results if every}  # what every trip keeps must not be overwritten by the next
-        body = self.stages("body", body_units, kept, [c for c in carry if c[2] not in stacked])
+        body = self.stages("body", body_units, kept, [c for c in carry if c[2] not in stacked and c[0] not in stacked])
         cond = self.stages("cond", cond_units, {(t, None) for t in loop.cond.outputs}) if loop.cond is not None else []
         plan = LoopPlan(op=op, trips=self.problem.workload.trips, cond=cond[0] if cond else None, body=tuple(body), carry=carry, xs=xs, results=results)  # fmt: skip
         return [*before, plan, *self.stages("top", late_units, outputs)]

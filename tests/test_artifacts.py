@@ -63,6 +63,11 @@ def test_a_changed_byte_a_missing_file_and_another_format_are_refused(tmp_path: 
     folder = export(stages, tmp_path / "e", *args)
     with pytest.raises(OutputError, match="exists already"):
         export(stages, folder)
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace('"trips": ', '"trips": 1', 1))
+    with pytest.raises(OutputError, match=r"manifest.json is not what was exported"):
+        load(folder)
+    (folder / "manifest.json").write_text(manifest)
     artifact = next(folder.glob("stage-*.bin"))
     good = artifact.read_bytes()
     artifact.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -73,7 +78,7 @@ def test_a_changed_byte_a_missing_file_and_another_format_are_refused(tmp_path: 
     with pytest.raises(OutputError, match="cannot be read"):
         load(folder)
     (folder / "manifest.json").write_text(json.dumps({"format": "partition export 0", "sha256": {}}))
-    with pytest.raises(OutputError, match="not 'partition export 1'"):
+    with pytest.raises(OutputError, match="not 'partition export 2'"):
         load(folder)
 
 

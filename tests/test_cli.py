@@ -20,7 +20,7 @@ def test_plan_writes_a_folder_that_loads_whole(tmp_path: Path) -> None:
     done = run("plan", "tiny", "--prompt", "16", "--new-tokens", "8", "--out", str(tmp_path / "o"), "--dump", str(tmp_path / "d"))
     assert done.returncode == 0, done.stderr
     assert "bound by" in done.stdout and "Memory" in done.stdout
-    assert sorted(os.listdir(tmp_path / "o")) == ["plan.json", "report.html", "trace.json"]
+    assert sorted(os.listdir(tmp_path / "o")) == ["explorer.json", "explorer_meshes.json", "explorer_seconds.json", "plan.json", "report.html", "trace.json"]
     assert len(os.listdir(tmp_path / "d")) == 9
     loaded = Plan.load(tmp_path / "o")
     loaded.save(tmp_path / "again")

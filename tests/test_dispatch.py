@@ -86,3 +86,28 @@ def test_a_program_without_ops_hands_on_its_argument() -> None:
     program = trace(lambda x: x, W)
     problem = pose(tag(program), profiles.cluster("cs3_only"))
     assert np.array_equal(np.asarray(prepare(cut(program, problem.placement([])))(W)), W)
+
+
+def stacked_before(w, t):  # type: ignore[no-untyped-def]
+    """What a trip starts from is kept of every trip: a carry, a counter, something carried through."""
+    h = jnp.tanh(w[t].sum(axis=1))
+
+    def body(c, _):  # type: ignore[no-untyped-def]
+        h, tok, n, same = c
+        new = jnp.tanh(w[tok] + h @ w)
+        return (new, jnp.argmax(new @ w, -1), n + 1, same), (h, tok, n, same)
+
+    return jax.lax.scan(body, (h, jnp.argmax(h @ w, -1), 0, h * 2), None, length=6)
+
+
+@pytest.mark.parametrize("level", ["op", "block"])
+def test_a_carry_that_is_kept_as_it_came_in(level: str) -> None:
+    tokens = np.zeros((2, 4), np.int32)
+    program = trace(stacked_before, W, tokens)
+    problem = pose(tag(program), profiles.cluster("trn2_efa_4cs3"), level=level)  # type: ignore[arg-type]
+    want = jax.jit(stacked_before)(W, tokens)
+    for shift in range(3):
+        stages = cut(program, problem.placement([(n + shift) % len(problem.meshes) for n in range(len(problem))]))
+        got = prepare(stages)(W, tokens)
+        for a, b in zip(jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got), strict=True):
+            assert np.allclose(a, b, atol=1e-5)

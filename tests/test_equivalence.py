@@ -237,3 +237,66 @@ def test_rounding_that_cancellation_lays_bare_is_no_alarm_and_a_fault_of_its_siz
         check(forwards, backwards, (b,), tolerance={"float32": 1e-5})  # a bound of one's own is kept to
     with pytest.raises(EquivalenceError, match="BEYOND"):
         check(forwards, lambda x: backwards(x) * 1.01, (b,))
+
+
+RNG = np.random.default_rng(0)
+A, B = RNG.standard_normal((8, 64)).astype(np.float32), RNG.standard_normal((64, 64)).astype(np.float32)
+MASK = np.arange(64) >= 60
+
+
+def noisy(x: Any) -> Any:
+    return (x + 3e3) - 3e3
+
+
+def six(x: Any, w: Any, scale: float = 1.0) -> Any:
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    for i in range(6):
+        x = jnp.tanh(x @ w) * (scale if i == 3 else 1)
+    return x
+
+
+FAULTS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
+    "beside a mask": (lambda x, w: jnp.where(MASK, -1e9, x @ w), lambda x, w: jnp.where(MASK, -1e9, 0 * (x @ w)), (A, B)),
+    "beside the least float": (lambda x, w: jnp.where(MASK, jnp.finfo(jnp.float32).min, x @ w), lambda x, w: jnp.where(MASK, jnp.finfo(jnp.float32).min, 1.001 * (x @ w)), (A, B)),
+    "beside a noisy column": (lambda x: jnp.concatenate([noisy(x)[:, :1], jnp.tanh(x[:, 1:])], 1), lambda x: jnp.concatenate([noisy(x)[:, :1], jnp.tanh(x[:, 1:]) * (1 + 2e-4)], 1), (A,)),
+    "in bfloat16": (six, lambda x, w: six(x, w, 1.05), (A.astype(jnp.bfloat16), (B / 8).astype(jnp.bfloat16))),
+    "of complex numbers": (jnp.fft.fft, lambda x: jnp.fft.fft(x * 1.001), (A,)),
+    "that JAX cannot trace": (jnp.tanh, lambda x: np.tanh(np.asarray(x)) * np.float32(1.001), (A,)),
+}
+CLEAN: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
+    "another order beside a mask": (lambda x, w: jnp.where(MASK, -1e9, x @ w), lambda x, w: jnp.where(MASK, -1e9, x[:, ::-1] @ w[::-1]), (A, B)),
+    "bfloat16 with wider sums": (six, lambda x, w: six(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)).astype(jnp.bfloat16), (A.astype(jnp.bfloat16), (B / 8).astype(jnp.bfloat16))),
+    "complex numbers": (jnp.fft.fft, lambda x: jnp.fft.fft(x * 1.0000001), (A,)),
+    "NumPy": (jnp.tanh, lambda x: np.tanh(np.asarray(x)), (A,)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(name: str) -> None:
+    reference, candidate, args = FAULTS[name]
+    with pytest.raises(EquivalenceError, match="BEYOND"):
+        check(reference, candidate, args)
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_what_is_right_is_no_fault(name: str) -> None:
+    reference, candidate, args = CLEAN[name]
+    assert check(reference, candidate, args).equal
+
+
+def test_wrong_arguments_of_a_check() -> None:
+    w, x = np.eye(4, dtype=np.float32), np.ones((2, 4), np.float32)
+    stages, other = (made(lambda w, x: jnp.tanh(x @ w), w, x) for _ in range(2))
+    with pytest.raises(ExecutionError, match="prepared from other stages"):
+        check(stages, w, x, runner=prepare(other))
+    with pytest.raises(ExecutionError, match="the candidate raised ZeroDivisionError"):
+        check(jnp.tanh, lambda x: 1 / 0, (x,))
+    assert check(lambda x: x, lambda x: x * 1.01, (x,), tolerance=0.1).equal
+    calls = [0]
+
+    def other_each_time(x: Any) -> Any:
+        calls[0] += 1
+        return x + calls[0]
+
+    with pytest.raises(EquivalenceError, match="the candidate does not give the same numbers twice"):
+        check(lambda x: x, other_each_time, (x,))

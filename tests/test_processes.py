@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,35 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_threads_wait_for_each_other_and_wrong_numbers_are_refused(tmp_path: Path) -> None:
+    _, want, folder = exported(tmp_path, "trn2_efa_cs3", "phase_split")
+    with pytest.raises(ExecutionError, match="patience is '3'"):
+        pt.launch(folder, patience="3")  # type: ignore[arg-type]
+    with pytest.raises(ExecutionError, match="throttle is 0"):
+        pt.launch(folder, throttle=0)
+    with pt.launch(folder, patience=3.0) as processes:
+        with pytest.raises(ExecutionError, match="cannot be retried -1 times"):
+            processes.run(retries=-1)
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(lambda _: processes.run(), range(3)))
+    assert all(np.array_equal(answer.outputs[0], want[0]) for answer in answers)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_slow_to_start_does_not_end_the_others(tmp_path: Path) -> None:
+    _, want, folder = exported(tmp_path, "trn2_efa_cs3", "phase_split")
+    with pt.launch(folder, patience=1.5) as processes:
+
+        def hold() -> None:
+            while 0 not in processes.running:
+                time.sleep(0.01)
+            os.kill(processes.running[0].pid, signal.SIGSTOP)
+            time.sleep(9)
+            os.kill(processes.running[0].pid, signal.SIGCONT)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert np.array_equal(processes.run().outputs[0], want[0])
+        thread.join()
