@@ -56,6 +56,11 @@ clean-checks: $(STAMP)
 notebooks: $(STAMP)
 	$(BIN)/jupytext -q --to ipynb --update notebooks/*.py
 
+# the pages of docs/ and the API, from docstrings; a broken link is an error
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	$(BIN)/zensical build --strict
+
 run-notebooks: $(STAMP)
 	$(BIN)/python -m pytest tests/test_notebooks.py
 

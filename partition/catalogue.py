@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.metadata
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from partition.hardware import Cluster, Device
 from partition.profiles import package
+from partition.shipped import OURS, ROOT
 from partition.tables import table
 from partition.units import dollars, flops, rate, size
 
@@ -26,6 +28,16 @@ def clusters_text(clusters: Sequence[Cluster]) -> str:
     """A line a cluster."""
     lines = [(c.name, package(c.name, "cluster"), c.title, ", ".join(f"{n} x {k}" for k, n in _counts(c).items()), f"{dollars(sum(m.price for m in c.meshes) * 3600)}/h") for c in clusters]
     return table("Clusters", ("cluster", "from", "what", "meshes", "price"), lines)
+
+
+def own_policies() -> list[dict[str, str]]:
+    """The policies of the package: each file of `policies/` is one, whose function bears its name. Read, not imported: they are slower to import than to read."""
+    rows = []
+    for path in sorted((ROOT / "partition" / "policies").glob("[!_]*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == path.stem:
+                rows.append({"name": path.stem, "package": OURS, "about": (ast.get_docstring(node) or "").splitlines()[0]})
+    return rows
 
 
 def plugins(kind: str) -> list[dict[str, str]]:

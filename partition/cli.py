@@ -141,8 +141,9 @@ def _hold_to_host(model: str, nbytes: float) -> None:
 def plan_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "portfolio", objective: Objective = "e2e",
     prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
-    out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json and graphs for Model Explorer")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
+    drawn_in: Annotated[Optional[Path], typer.Option("--figures", help="folder for figures at column width, as SVG, PNG and CSV")] = None,  # noqa: UP045
     limits: Limits = None, keep: Keep = None, ttft: Annotated[Optional[str], typer.Option("--ttft", help="short for --limit ttft=...")] = None,  # noqa: UP045
     tpot: Annotated[Optional[str], typer.Option("--tpot", help="short for --limit tpot=...")] = None,  # noqa: UP045
     sharding: Sharding = "search", costs: Times = None, sets: Sets = None, sensitive: Annotated[bool, typer.Option("--sensitivity", help="vary every number within its band: what does the outcome rest on?")] = False,
@@ -151,7 +152,7 @@ def plan_command(
     from partition.outputs import writable
     from partition.pipeline import to_json
 
-    writable(out, dump)
+    writable(out, dump, drawn_in)
     most = limited(limits, ttft=ttft, tpot=tpot)
     made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding, costs=costs, limits=most, keep=keep)
     swings = None
@@ -163,11 +164,15 @@ def plan_command(
             swings = sensitivity(made, find_policy(policy), progress=say)
     if out is not None:
         made.save(out, swings=swings or ())
+    if drawn_in is not None:
+        from partition.figures import draw
+
+        draw(made, drawn_in)
     if as_json:
         print(json.dumps(to_json(made) | ({} if swings is None else {"sensitivity": [dataclasses.asdict(s) for s in swings]})))
     else:
         print(made, *([] if swings is None else [sensitivity_text(made, swings)]), sep="\n\n")
-    for folder in (out, dump):
+    for folder in (out, dump, drawn_in):
         if folder is not None and not as_json:
             print(f"\nwrote {folder}: {', '.join(sorted(os.listdir(folder)))}")
 
@@ -320,12 +325,10 @@ def devices_command(as_json: AsJson = False, schema: Annotated[bool, typer.Optio
 @app.command("policies")
 def policies_command(as_json: AsJson = False) -> None:
     """List the policies, and the packages that they come from."""
-    from partition.catalogue import plugins
-    from partition.policies import POLICIES
-    from partition.shipped import OURS
+    from partition.catalogue import own_policies, plugins
     from partition.tables import table
 
-    rows = [{"name": name, "package": OURS, "about": (p.__doc__ or "").strip().splitlines()[0]} for name, p in sorted(POLICIES.items())] + plugins("policies")
+    rows = own_policies() + plugins("policies")
     print(as_rows(rows) if as_json else table("Policies", ("policy", "from", "what it does"), [tuple(r.values()) for r in rows]))
 
 

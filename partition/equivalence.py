@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import html
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,12 @@ class Verdict:
         lines += [f"  boundary {d}" for d in worst[:5]] + ([f"  ... and {len(worst) - 5} more boundaries that are not bit for bit"] if len(worst) > 5 else [])
         lines.append(f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}")
         return "\n".join([*lines, *(f"  not shown: {n}" for n in self.not_shown)])
+
+    def _repr_html_(self) -> str:
+        """A verdict in a notebook: its word in colour, the rest as it prints."""
+        first, *rest = html.escape(str(self)).splitlines()
+        colour = "#1e8449" if self.bitwise else "#2e86c1" if self.equal else "#c0392b"
+        return f"<p style='color:{colour};font-weight:bold'>{first}</p><pre>{chr(10).join(rest)}</pre>"
 
     def _stopped(self) -> str:
         early = self.trips is not None and self.trips < self.planned_trips

@@ -11,15 +11,15 @@ from typing import Any
 from partition.errors import OutputError
 
 
-def write(folder: str | Path, files: Mapping[str, str]) -> Path:
+def write(folder: str | Path, files: Mapping[str, str | bytes]) -> Path:
     """Write files into a folder, all of them or none. Raises OutputError where that cannot be."""
     folder, temporary = Path(folder), dict[str, str]()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             handle, temporary[name] = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            with os.fdopen(handle, "w") as file:
-                file.write(content)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode())
             os.chmod(temporary[name], 0o644)
             if (folder / name).is_dir():
                 raise IsADirectoryError(0, f"{name} is a folder there")

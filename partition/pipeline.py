@@ -103,6 +103,12 @@ class Plan:
 
         return text(self)
 
+    def _repr_html_(self) -> str:
+        """A plan in a notebook: its headline and its stages."""
+        from partition.reporting import notebook
+
+        return notebook(self)
+
     def save(self, folder: str | Path, *, swings: Sequence[Swing] = ()) -> Path:
         """Write plan.json, report.html, trace.json and explorer.json into a folder, all of them or none. swings: what `sensitivity` found, for the report. Raises OutputError."""
         from partition.drawings import explorer, overlays

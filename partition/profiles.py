@@ -8,6 +8,7 @@ itself first.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -272,6 +273,7 @@ def _read(path: Path, table: Table) -> Any:
                            mend=f"correct {path} at the lines named; docs: device_profiles/README.md") from None  # fmt: skip
 
 
+@functools.cache
 def folders() -> dict[Path, str]:
     """Folders of profiles -> the package that each comes from: ours, then those of entry points in the group "partition.profiles", which name a package."""
     found = {ROOT / "device_profiles": OURS}
@@ -297,22 +299,26 @@ def _index(folder: Path) -> dict[str, dict[str, Path]]:
     return index
 
 
+_kept = functools.cache(_index)
+"""The profiles of a folder that does not change, as those of packages do not."""
+
+
 def names(table: Table) -> list[str]:
     """The names of the profiles that come with the package, and with plug-ins."""
-    return sorted({name for folder in folders() for name in _index(folder)[table]})
+    return sorted({name for folder in folders() for name in _kept(folder)[table]})
 
 
 def package(name: str, table: Table) -> str:
     """The package that a profile comes from."""
-    return next(found for folder, found in folders().items() if name in _index(folder)[table])
+    return next(found for folder, found in folders().items() if name in _kept(folder)[table])
 
 
 def _find(name: str, table: Table, beside: Path | None = None) -> Path:
     if name.endswith(".toml"):
         return (beside / name) if beside is not None else Path(name)
-    for folder in (beside, *folders()):
-        if folder is not None and name in _index(folder)[table]:
-            return _index(folder)[table][name]
+    for index in (*([_index(beside)] if beside is not None and beside not in folders() else []), *map(_kept, folders())):
+        if name in index[table]:
+            return index[table][name]
     raise NameUnknownError.among(table, name, names(table), mend="or name a .toml file of your own")
 
 

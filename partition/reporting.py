@@ -286,6 +286,16 @@ def html(plan: Plan, swings: Sequence[Swing] = ()) -> str:
     )  # fmt: skip
 
 
+def notebook(plan: Plan) -> str:
+    """A plan as a notebook shows it: its numbers, and its stages."""
+    e = plan.estimate
+    shown = (("TTFT", seconds(e.ttft)), ("TPOT", seconds(e.tpot)), ("end to end", seconds(e.e2e)), ("tokens/s", f"{e.throughput:,.0f}"), ("$ per Mtok", dollars(e.usd_per_mtok)), ("at most from the best", f"{100 * plan.gap:.1f} %"))
+    head = "".join(f"<td style='text-align:left'><small>{escape(k)}</small><br><b>{escape(v)}</b></td>" for k, v in shown)
+    body = "".join(f"<tr><td style='text-align:left'>{escape(r.stage)}</td><td>{escape(r.mesh)}</td><td>{flops(r.flops)}</td><td>{size(r.bytes)}</td><td>{seconds(r.seconds)}{f' × {r.times}' if r.times > 1 else ''}</td><td>{escape(r.bound_by)}</td></tr>" for r in rows(plan)[:20])
+    columns = "".join(f"<th>{c}</th>" for c in ("stage", "mesh", "flops", "bytes", "time", "bound by"))
+    return f"<p><b>{escape(plan.title)}</b> on {escape(plan.cluster)} by {escape(plan.policy)}</p><table><tr>{head}</tr></table><table><tr>{columns}</tr>{body}</table>"
+
+
 def junit(name: str, verdict: Verdict) -> str:
     """A verdict as JUnit XML: one test case an output, one for the boundaries."""
     cases = []

@@ -89,3 +89,16 @@ def test_nothing_overlaps_or_is_cut_off_in_a_browser(tmp_path: Path) -> None:
     done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=100)
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title is not None and title[1] == "[]", title and title[1]
+
+
+def test_figures_for_papers_come_with_their_tables(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    fn, args = pt.model("tiny")(prompt=32, new_tokens=8)
+    made = pt.plan(fn, args, cluster="trn2_efa_4cs3", policy="phase_split")
+    pt.draw(made, tmp_path / "f")
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == [f"{name}.{kind}" for name in ("memory", "roofline", "timeline") for kind in ("csv", "png", "svg")]
+    rows = (tmp_path / "f" / "roofline.csv").read_text().splitlines()
+    assert rows[0].startswith("block,phase,mesh") and len(rows) == len(drawings.roofline(made)[0]) + 1
+    again = pt.draw(made, tmp_path / "g")
+    assert all((again / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "f").glob("*.csv"))
+    assert "<table>" in made._repr_html_() and "TTFT" in made._repr_html_()

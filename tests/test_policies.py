@@ -331,3 +331,9 @@ def test_bounds_where_nothing_can_run_or_nothing_runs() -> None:
     assert lower_bound(idle).score <= evaluate(idle, POLICIES["exhaustive"](idle)).e2e
     never = dataclasses.replace(suites.chain(3, 1, (1, 1)), seconds=np.array([[1, np.inf], [1, 1], [1, 1.0]]), times=np.array([0, 1, 1]), contiguous=True)
     assert pipeline.place(never, "order_dp").mesh.tolist() == pipeline.place(never, "exhaustive").mesh.tolist()
+
+
+def test_the_list_of_policies_is_that_of_the_registry() -> None:
+    from partition.catalogue import own_policies
+
+    assert {r["name"]: r["about"] for r in own_policies()} == {name: (p.__doc__ or "").strip().splitlines()[0] for name, p in POLICIES.items()}
