@@ -61,7 +61,7 @@ def _timeline(plan: Plan) -> _Drawn:
     for s in timeline.slots:
         lane = p.meshes[s.mesh] if s.to is None else f"{p.meshes[s.mesh]} → {p.meshes[s.to]}"
         kind = str(p.phase[s.node]) if s.node is not None else p.flows[s.flow or 0].kind
-        axes.barh(names.index(lane), s.end - s.start, left=s.start, height=0.7, color=PHASES.get(kind, PHASES["other"]))
+        axes.barh(names.index(lane), s.end - s.start, left=s.start, height=0.7, color=PHASES.get(kind, PHASES["other"]), edgecolor=PHASES.get(kind, PHASES["other"]), linewidth=0.3)
         rows.append((lane, kind, p.names[s.node] if s.node is not None else "", s.start, s.end))
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -78,7 +78,7 @@ def _memory(plan: Plan) -> _Drawn:
         cap = float(plan.problem.capacity[m])
         axes.step([at for at, _ in steps], [100 * held / cap for _, held in steps], where="post", linewidth=1, color=drawings.COLOURS[m % len(drawings.COLOURS)], label=name)
         rows += [(name, at, held, cap) for at, held in steps]
-    axes.set(xlabel="s since the request came", ylabel="memory held [% of what is usable]", ylim=(0, 105))
+    axes.set(xlabel="s since the request came", ylabel="memory held [% of usable]", ylim=(0, 105))
     axes.legend(frameon=False, ncols=2)
     return figure, ("mesh", "from [s]", "held [B]", "usable [B]"), rows
 
