@@ -1,6 +1,7 @@
 """check() over time: a recorded run that today's is held against, so that a new jaxlib or a change that moves cut and uncut together is seen.
 
-A baseline holds no arrays: of each output its statistics, a digest of what is whole, a sample of the floats, and the environment that made it.
+A baseline holds no arrays: of each output its statistics, a digest of what is whole, a sample of the floats; the errors against float64 of the outputs and of each
+stage, where a check told them; and the environment that made it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from partition.outputs import write
 FORMAT = "partition baseline 1"
 _SAMPLE = 64
 """Elements of each output that are recorded, evenly spread."""
+GROWTH = 2.0
+"""How many times as far from float64 as it was a run may be."""
 
 
 def fingerprint() -> dict[str, str]:
@@ -39,10 +43,21 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def recorded(title: str, result: Any, *, reason: str) -> dict[str, Any]:
-    """A result as a baseline; reason: why it is taken as right."""
+def errors(verdict: Any) -> dict[str, float]:
+    """Output or stage -> the largest rms error of the cut program against float64, of a verdict that was asked for it (`oracle=True`)."""
+    found: dict[str, float] = {}
+    for d in (*verdict.outputs, *verdict.boundaries):
+        at = re.search(r"stage (\d+)", d.name)
+        name = f"stage {at[1]}" if at is not None else f"output {d.name}"
+        if d.oracle is not None:
+            found[name] = max(found.get(name, 0.0), d.oracle[1])
+    return found
+
+
+def recorded(title: str, result: Any, *, reason: str, verdict: Any = None) -> dict[str, Any]:
+    """A result as a baseline; reason: why it is taken as right. verdict: of the check of the run, whose errors are kept."""
     leaves = jax.tree_util.tree_flatten_with_path(result)[0]
-    return {"format": FORMAT, "title": title, "reason": reason, "environment": fingerprint(), "outputs": [_output(jax.tree_util.keystr(path) or "result", to_numpy(leaf)) for path, leaf in leaves]}
+    return {"format": FORMAT, "title": title, "reason": reason, "environment": fingerprint(), "errors": {} if verdict is None else errors(verdict), "outputs": [_output(jax.tree_util.keystr(path) or "result", to_numpy(leaf)) for path, leaf in leaves]}
 
 
 def _output(name: str, a: np.ndarray) -> dict[str, Any]:
@@ -57,8 +72,8 @@ def _output(name: str, a: np.ndarray) -> dict[str, Any]:
                    "most": float(np.abs(finite).max(initial=0.0)), "sample": [float(v) if np.isfinite(v) else None for v in x.ravel()[places]]}  # fmt: skip
 
 
-def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] | None = None) -> tuple[list[str], list[str]]:
-    """(how a result moved beyond the budget, what of the environment is another) against a baseline; budget: dtype -> share of the rms, the tolerances of `distances` unless told."""
+def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] | None = None, *, verdict: Any = None) -> tuple[list[str], list[str]]:
+    """(how a result moved beyond the budget, what of the environment is another) against a baseline; budget: dtype -> share of the rms, the tolerances of `distances` unless told. verdict: of today's check; its errors against float64 may be GROWTH times the recorded ones."""
     today = recorded(str(baseline["title"]), result, reason="")
     moved, allowed = [], {**TOLERANCE, **(budget or {})}
     then, now = baseline["outputs"], today["outputs"]
@@ -78,6 +93,9 @@ def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] 
             moved.append(f"{old['name']}: {name} moved by {ways[name] / unit:.2g} of the rms, the budget is {most:g}")
         if old["invalid"] != new["invalid"] or any((a is None) != (b is None) for a, b in pairs):
             moved.append(f"{old['name']}: {new['invalid']} values are NaN or infinite, {old['invalid']} were")
+    for name, error in (errors(verdict) if verdict is not None else {}).items():
+        if name in baseline.get("errors", {}) and error > GROWTH * (before := baseline["errors"][name]) + 1e-12:
+            moved.append(f"{name}: its rms error against float64 is {error:.3g}, it was {before:.3g}")
     return moved, _changed(baseline, today)
 
 

@@ -217,14 +217,14 @@ def check_command(
         runner = execution.prepare(made.stages, strict=not default_options, progress=say)
         say("run cut and uncut, compare")
         try:
-            verdict, code = equivalence.check(made.stages, *args, strict=not default_options, oracle=oracle, runner=runner), ExitCode.OK
+            verdict, code = equivalence.check(made.stages, *args, strict=not default_options, oracle=oracle or against is not None, runner=runner), ExitCode.OK
         except EquivalenceError as error:
             verdict, code = error.verdict, ExitCode.MISMATCH  # type: ignore[assignment]
         found = numerics.effects(made.stages, *args, wires=wire or ("bfloat16", "float8_e4m3"), progress=say) if target or wire else ()
     verdict = dataclasses.replace(verdict, not_shown=(*verdict.not_shown, *unlike))
     if found:
         verdict = dataclasses.replace(verdict, target=numerics.summary(found))
-    drifted = _drift(made.title, runner(*args), against, accept, budget) if against is not None and code is ExitCode.OK else []
+    drifted = _drift(made.title, runner(*args), verdict, against, accept, budget) if against is not None and code is ExitCode.OK else []
     code = ExitCode.MISMATCH if drifted else code
     raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "made": origin.made(made.problem.cluster, seed=seed), "effects": [dataclasses.asdict(e) for e in found], "drift": drifted} | dataclasses.asdict(verdict), indent=1, default=str)
     print(raw if as_json else verdict)
@@ -239,7 +239,7 @@ def check_command(
     raise typer.Exit(code)
 
 
-def _drift(title: str, result: Any, against: Path, accept: str | None, budget: float | None) -> list[str]:
+def _drift(title: str, result: Any, verdict: Any, against: Path, accept: str | None, budget: float | None) -> list[str]:
     """How a run drifted from a recorded one; empty where it did not, or was recorded anew."""
     from partition import baselines
     from partition.distances import TOLERANCE
@@ -247,11 +247,11 @@ def _drift(title: str, result: Any, against: Path, accept: str | None, budget: f
     if accept is not None or not against.exists():
         if accept is None:
             raise PartitionError("there is no recorded run yet", where=str(against), mend="record this one: --accept 'why it is right'")
-        baselines.save(baselines.recorded(title, result, reason=accept), against)
+        baselines.save(baselines.recorded(title, result, reason=accept, verdict=verdict), against)
         print(f"recorded {against}: {accept}", file=sys.stderr)
         return []
     old = baselines.load(against)
-    moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(TOLERANCE, budget))
+    moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(TOLERANCE, budget), verdict=verdict)
     if not moved:
         return []
     return [f"DRIFTED from {against} ({old['title']}; taken as right because: {old['reason']})", *(f"  {m}" for m in moved), *(f"  since then {c}" for c in changed)]

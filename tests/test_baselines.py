@@ -43,3 +43,22 @@ def test_what_is_no_baseline(tmp_path: Path) -> None:
     for name in ("b.json", "none.json"):
         with pytest.raises(OutputError, match="cannot be read"):
             baselines.load(tmp_path / name)
+
+
+def test_errors_against_float64_may_not_grow() -> None:
+    from conftest import posed
+
+    import partition as pt
+    from partition.policies import POLICIES
+
+    problem, args = posed("trn2_efa_4cs3", logits=True)
+    stages = pt.cut(problem.phases.program, POLICIES["random"](problem))  # type: ignore[union-attr]
+    verdict, result = pt.check(stages, *args, oracle=True), pt.run(stages, *args)
+    found = baselines.errors(verdict)
+    assert any(name.startswith("stage") for name in found) and any(name.startswith("output") for name in found)
+    old = json.loads(json.dumps(baselines.recorded("a model", result, reason="x", verdict=verdict)))
+    assert not baselines.drift(old, result, verdict=verdict)[0]
+    name = max(found, key=lambda n: found[n])
+    old["errors"][name] = found[name] / 3
+    moved, _ = baselines.drift(old, result, verdict=verdict)
+    assert len(moved) == 1 and moved[0].startswith(f"{name}: its rms error against float64 is")
