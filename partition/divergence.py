@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from partition import _jax
 from partition._jax.likeness import unlike
+from partition.distances import compare
 from partition.execution import Record
 from partition.graph import Op, writes
 from partition.program import Program
@@ -23,6 +25,10 @@ from partition.stages import Stage, Stages
 
 Differs = Callable[[Any, Any], str]
 """(reference, candidate) -> how they differ beyond the bound; empty where they do not."""
+
+AGREES = "every equation agrees on its own: the divergence comes from how the stage was compiled or sharded"
+FAITHFUL = 64.0
+"""Roundings, as a share of scale, by which a stage may differ from its own equations on one device."""
 
 
 def culprit(stages: Stages, record: Record, refs: References, differs: Differs) -> str | None:
@@ -40,7 +46,24 @@ def culprit(stages: Stages, record: Record, refs: References, differs: Differs) 
         for v in stage.outputs:
             got, reference = record.kept.get((stage_id, trip, v)), refs.get(v, trip)
             if got is not None and reference is not None and differs(reference, got):
-                return f"{at}: {_first_op(stages, stage, record, refs, trip, differs)}"
+                said = _first_op(stages, stage, record, refs, trip, differs)
+                found = _unfaithful(stages, record, refs, order[: order.index((stage_id, trip)) + 1]) if said == AGREES else None
+                return found or f"{at}: {said}"
+    return None
+
+
+def _unfaithful(stages: Stages, record: Record, refs: References, order: Sequence[tuple[int, int]]) -> str | None:
+    """The first stage that did not make what its own equations give from what it read, though it may be within bounds: its fault grew in stages behind it."""
+    by_id = {s.id: s for s in stages.all}
+    compiled: dict[int, Callable[..., Any]] = {}
+    for stage_id, trip in order:
+        stage = by_id[stage_id]
+        if stage_id not in compiled:
+            compiled[stage_id] = jax.jit(_jax.as_function(stage.jaxpr), compiler_options=refs.options)
+        for v, want in zip(stage.outputs, compiled[stage_id](*_read(stages, stage, record, refs, trip)), strict=True):
+            got, want = record.kept.get((stage_id, trip, v)), _jax.to_numpy(want)
+            if got is not None and (d := compare("it", want, got)).relative > (FAITHFUL * float(jnp.finfo(want.dtype).eps) if jnp.issubdtype(want.dtype, jnp.inexact) else 0.0):  # type: ignore[no-untyped-call]
+                return f"stage {stage_id} on {stages.problem.meshes[stage.mesh]}" + (f", trip {trip}" if trip >= 0 else "") + f": what it made is not what its equations give from what it read: {AGREES.partition(': ')[2]}; tensor {v[0]}, {d}"
     return None
 
 
@@ -77,7 +100,7 @@ def _first_op(stages: Stages, stage: Stage, record: Record, refs: References, tr
     clean = _jax.write(stage.items, stage.reads, made, program.entry.lowered, name="clean")
     found = _first_equation(clean, stage.jaxpr, inputs, refs.options, differs)
     if found is None:
-        return "every equation agrees on its own: the divergence comes from how the stage was compiled or sharded"
+        return AGREES
     number, how, inner = found
     if number < 0:
         return how
