@@ -299,7 +299,7 @@ def _token_loop(d: Drawer, loop: str, length: int, pool: Pool, tokens: Any) -> A
         cache = jax.lax.dynamic_update_slice(cache, jnp.tanh(score)[None], (i % 6, 0, 0))
         d.exact &= inner.exact
         key = jax.random.split(key)[0] if kinds % 2 else key
-        return (new, cache, key, i + 1, steady), (new, narrow)
+        return (new, cache, key, i + 1, steady), (new, narrow, *((token, cache, i, steady) if salt % 3 == 0 else ()))  # the last: as the trip found them
 
     cache = jnp.zeros((6, ROWS, COLS)).at[0].set(jnp.tanh(d.clean(pool)))
     state = (jnp.argmax(d.clean(pool) @ d.w[2], -1).astype(jnp.int32) if kinds >= 2 else tokens, cache, d.key, jnp.int32(0), start * 0 + 0.1)
