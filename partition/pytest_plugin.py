@@ -58,7 +58,9 @@ def row(nodeid: str, options: Mapping[str, Any], verdict: Any, error: Exception 
 
 @pytest.fixture
 def partition_equivalence(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """A callable (fn, args, *, cluster, policy, objective, sharding, candidate, tolerance, oracle) -> Verdict; a test fails where the numbers are not the same.
+    """A callable (fn, args, *, cluster, policy, objective, sharding, level, candidate, tolerance, oracle) -> Verdict; a test fails where the numbers are not the same.
+
+    level: what is placed, "block" or "op"; blocks unless the function has next to none.
 
     With `candidate`, another callable, that is held against `fn` instead of a cut made here.
     """
@@ -91,14 +93,19 @@ def partition_equivalence(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return run
 
 
-def _check(fn: Any, args: tuple[Any, ...], *, candidate: Any = None, cluster: Any, policy: Any, objective: str = "e2e", sharding: Any = "tensor", trips: int | None = None, **options: Any) -> Any:
+def _check(
+    fn: Any, args: tuple[Any, ...], *, candidate: Any = None, cluster: Any, policy: Any, objective: str = "e2e", sharding: Any = "tensor", trips: int | None = None, level: Any = None, **options: Any,
+) -> Any:  # fmt: skip
     import partition as pt
 
     pt.compile_cache()
     if candidate is not None:
         return pt.check(fn, candidate, args, **options)
     program = pt.trace(fn, *args)
-    problem = pt.pose(pt.tag(program), pt.cluster(cluster) if isinstance(cluster, str) else cluster, objective=objective, sharding=sharding, trips=trips)
+    machines, phases = pt.cluster(cluster) if isinstance(cluster, str) else cluster, pt.tag(program)
+    problem = pt.pose(phases, machines, objective=objective, sharding=sharding, trips=trips, level=level or "block")
+    if level is None and len(problem) < 2 * len(problem.meshes):  # a function so small is one block: there would be nothing to cut
+        problem = pt.pose(phases, machines, objective=objective, sharding=sharding, trips=trips, level="op")
     return pt.check(pt.cut(program, pt.place(problem, policy)), *args, **options)
 
 
