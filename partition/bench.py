@@ -39,7 +39,7 @@ Tried = tuple[float, Placement | str]
 
 
 def compare(
-    problems: Mapping[str, Problem] | Problem, policies: Iterable[str | Policy], *, seconds: float | None = None, jobs: int = 1, progress: Callable[[str], None] | None = None,
+    problems: Mapping[str, Problem] | Problem, policies: Iterable[str | Policy] | str | Policy, *, seconds: float | None = None, jobs: int = 1, progress: Callable[[str], None] | None = None,
 ) -> list[Result]:  # fmt: skip
     """Run every policy on every problem; what fails or does not fit is a result with its reason. Best score first, by problem.
 
@@ -47,6 +47,7 @@ def compare(
     joblib, so also on what `joblib.parallel_config` names; results are the same, but for the seconds. progress is told what runs.
     """
     named = {"problem": problems} if isinstance(problems, Problem) else problems
+    policies = [policies] if isinstance(policies, str) or callable(policies) else policies
     chosen = [(p if isinstance(p, str) else getattr(p, "__name__", "policy"), policy(p)) for p in policies]
     pairs = [(title, problem, name, how) for title, problem in named.items() for name, how in chosen]
     ahead: Iterator[Tried] = each(_tried, [(problem if jobs == 1 else _bare(problem), how, seconds) for _, problem, _, how in pairs], jobs)

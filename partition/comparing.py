@@ -31,7 +31,7 @@ from partition.cli import (
     progress,
     replaced,
 )
-from partition.errors import NameUnknownError
+from partition.errors import ExitCode, NameUnknownError
 
 if TYPE_CHECKING:
     from partition.problem import Problem
@@ -97,6 +97,8 @@ def compare_command(
             print(f"{r.policy}: {r.why_not}")
     if order is not None:
         print(order)
+    if all(r.estimate is None for r in results):
+        raise typer.Exit(ExitCode.INFEASIBLE)
 
 
 @app.command("bench")

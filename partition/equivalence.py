@@ -96,7 +96,10 @@ def check(
     does not give the same twice; ExecutionError where they cannot run.
     """
     if tolerance is not None and not isinstance(tolerance, Mapping):
-        tolerance = dict.fromkeys(TOLERANCE, float(tolerance))
+        tolerance = dict.fromkeys(TOLERANCE, tolerance)
+    for name, share in (tolerance or {}).items():
+        if name not in TOLERANCE or isinstance(share, bool) or not isinstance(share, int | float) or not share >= 0:
+            raise ExecutionError(f"{share!r} is no tolerance of {name!r}", where="check(..., tolerance=...)", mend=f"give a share of scale from 0, for one of {', '.join(TOLERANCE)}")
     if not isinstance(stages, Stages):
         return _two(stages, *args, tolerance=tolerance, oracle=oracle)
     program = stages.program

@@ -50,6 +50,8 @@ def _row(result: Any) -> Mapping[str, Any]:
     """A result's plain values, an estimate's under their own names; what only programs read is left out."""
     if isinstance(result, Mapping):
         return result
+    if not dataclasses.is_dataclass(result):
+        raise OutputError(f"{type(result).__name__} has no rows", where="frame(result)", mend="give a Plan, a Verdict, a list of results, or a path")
     found = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
     estimate = found.pop("estimate", None)
     if estimate is not None:

@@ -107,13 +107,16 @@ def node_costs(
 
 
 def _served(found: Table, blocks: Sequence[Block], cluster: Cluster) -> Table:
-    """With what servers add to a request (at its first node of prefill) and to a step (at the first node of decode), where they do."""
+    """With what servers add to a request and to a step, where they do: shared out evenly over the blocks of prefill, and over those of a trip of decode, so that a phase pays it
+    once where it lies on one mesh, a part of it where a part lies there, and no search escapes it by moving a block."""
     rows = [list(row) for row in found]
-    for phase, field in ((Phase.PREFILL, "start"), (Phase.DECODE, "step")):
-        n = next((n for n, b in enumerate(blocks) if b.phase is phase), None)
+    decode = [n for n, b in enumerate(blocks) if b.phase is Phase.DECODE]
+    payers = {"start": [n for n, b in enumerate(blocks) if b.phase is Phase.PREFILL], "step": [n for n in decode if blocks[n].region == "body"] or decode}
+    for field, nodes in payers.items():
         for m, mesh in enumerate(cluster.meshes):
-            if n is not None and (chip := mesh.device.systolic) is not None:
-                rows[n][m] = rows[n][m] + Cost(latency=float(getattr(chip, field)))
+            if (chip := mesh.device.systolic) is not None:
+                for n in nodes:
+                    rows[n][m] = rows[n][m] + Cost(latency=float(getattr(chip, field)) / len(nodes))
     return tuple(map(tuple, rows))
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 NAME, STORED = "partition_equivalence", "partition.check"
+OPTIONS = ("cluster", "policy", "objective", "sharding", "trips", "level", "candidate", "tolerance", "oracle", "strict")
+"""What the fixture and the marker take."""
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 
@@ -37,7 +39,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if any(NAME in getattr(item, "fixturenames", ()) for item in session.items):
         from partition.program import host_devices
 
-        host_devices(int(session.config.getini("partition_devices")))
+        said = str(session.config.getini("partition_devices"))
+        if not said.isdigit() or not int(said):
+            raise pytest.UsageError(f"partition_devices is {said!r}: give a whole number from 1, such as 32")
+        host_devices(int(said))
 
 
 def row(nodeid: str, options: Mapping[str, Any], verdict: Any, error: Exception | None) -> dict[str, Any]:
@@ -69,6 +74,10 @@ def partition_equivalence(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
     def run(fn: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
         __tracebackhide__ = True
+        if unknown := sorted((set(options) | set(defaults)) - set(OPTIONS)):
+            pytest.fail(f"{NAME} takes no {unknown[0]!r}\n  where: {request.node.nodeid}\n  mend:  known: {', '.join(OPTIONS)}", pytrace=False)
+        if not isinstance(args, tuple | list):
+            pytest.fail(f"args is {type(args).__name__}, not a tuple of the model's arguments\n  where: {request.node.nodeid}\n  mend:  write {NAME}(fn, (weights, tokens))", pytrace=False)
         asked = {"cluster": "trn2_efa_cs3", "policy": "phase_split", **defaults, **options}
         verdict, error = None, None
         try:
@@ -155,5 +164,5 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The step's summary: a table of all checks."""
     good = sum("error" not in r for r in rows)
     lines = [f"### Numeric equivalence: {good} of {len(rows)} checks equal", "", "| test | verdict | what | max ULP | of scale |", "|---|---|---|---|---|"]
-    lines += [f"| `{r['test']}` | {'' if 'error' not in r else '**'}{r['verdict']}{'' if 'error' not in r else '**'} | {told(r).replace('|', '/')} | {r.get('max_ulp', '')} | {r.get('relative', 0):.2g} |" for r in rows]
+    lines += [f"| `{r['test'].replace('|', '/')}` | {'' if 'error' not in r else '**'}{r['verdict']}{'' if 'error' not in r else '**'} | {told(r).replace('|', '/')} | {r.get('max_ulp', '')} | {r.get('relative', 0):.2g} |" for r in rows]
     return "\n".join([*lines, "", ""])

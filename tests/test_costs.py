@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+import partition as pt
 from partition.costs import Cost, cost, costs, peak
 from partition.errors import WorkError
 from partition.hardware import Device, Kind, Link, Memory, Mesh, Quantity
@@ -147,3 +148,16 @@ def test_a_mesh_pays_its_layouts_collectives_and_gains_its_ways() -> None:
     assert four[down].link == pytest.approx(10e-6 + 2 * 3 / 4 * 4096 / 100e9)  # one all-reduce of 4 KiB, by rows
     slow = dataclasses.replace(mesh(count=4), fabric=mesh(beta=50e9).fabric)
     assert costs(program.graph, works, four_ways, slow)[down].link > four[down].link
+
+
+def test_what_a_server_adds_is_paid_once_a_step_and_escaped_by_no_block() -> None:
+    """A phase on one mesh pays it all, once; a block that is moved takes its share along; what stands before the loop pays nothing a token."""
+    fn, args = pt.model("tiny")(prompt=16, new_tokens=8)
+    phases = pt.tag(pt.trace(fn, *args))
+    base = pt.cluster("trn2_efa_cs3")
+    with_fees, without = (pt.pose(phases, base.replace({"trn2.systolic.start": start, "trn2.systolic.step": step}), sharding="tensor") for start, step in (("10 ms", "1 ms"), ("0 s", "0 s")))
+    more = with_fees.seconds[:, 0] - without.seconds[:, 0]
+    for phase, fee in ((pt.Phase.PREFILL, 10e-3), (pt.Phase.DECODE, 1e-3)):
+        nodes = with_fees.nodes(phase)
+        assert more[nodes].sum() == pytest.approx(fee) and more[nodes].max() <= 1.01 * fee / sum(more[n] > 0 for n in nodes)
+    assert all(more[n] == 0 for n in range(len(with_fees)) if with_fees.phase[n] == pt.Phase.DECODE and with_fees.region[n] != "body")

@@ -48,6 +48,22 @@ def test_unknown(partition_equivalence):
 def test_nothing():
     pass
 """
+WRONG = """
+import pytest
+from model import W, X, model
+
+
+def test_option(partition_equivalence):
+    partition_equivalence(model, (W, X), polcy="random")
+
+
+def test_args(partition_equivalence):
+    partition_equivalence(model, W)
+
+
+def test_tolerance(partition_equivalence):
+    partition_equivalence(model, (W, X), tolerance={"floot32": 1e-3})
+"""
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -76,3 +92,14 @@ def test_a_run_without_the_fixture_says_nothing_and_starts_no_jax(tmp_path: Path
     assert "1 passed" in done.stdout and "numeric equivalence" not in done.stdout, done.stdout
     done = subprocess.run([sys.executable, "-m", "pytest", "--markers"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert "partition_equivalence(**options)" in done.stdout
+
+
+def test_wrong_use_is_said_in_three_lines(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "test_wrong.py").write_text(WRONG)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "test_wrong.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=200)
+    assert "3 failed" in done.stdout and "Traceback" not in done.stdout, done.stdout
+    for said in ("takes no 'polcy'", "args is ndarray, not a tuple", "no tolerance of 'floot32'"):
+        assert said in done.stdout, said
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-o", "partition_devices=many", "test_wrong.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=100)
+    assert "partition_devices is 'many'" in done.stdout + done.stderr and "INTERNALERROR" not in done.stdout
