@@ -7,8 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
-QUICK = ("00", "01")
-"""Those that `make test` runs; the others take up to a minute and a half each, and run in `make test-all`."""
+QUICK = ("00",)
+"""What `make test` runs; the others take up to a minute and a half each, and run in `make test-all`."""
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
