@@ -170,14 +170,15 @@ class Exported:
         return _Machine(self, self.bound(inputs), placed)
 
 
-def _value(raw: Sequence[Any]) -> Value:
+def as_value(raw: Sequence[Any]) -> Value:
+    """A value as JSON has it."""
     return (raw[0], None if raw[1] is None else (raw[1][0], raw[1][1]))
 
 
 def _stages(manifest: Mapping[str, Any]) -> Any:
     """What a walk asks of stages, from a manifest."""
     rows = {
-        s["id"]: Stage(id=s["id"], mesh=s["mesh"], region=s["region"], items=(), jaxpr=s["artifact"], inputs=tuple(map(_value, s["inputs"])), outputs=tuple(map(_value, s["outputs"])))
+        s["id"]: Stage(id=s["id"], mesh=s["mesh"], region=s["region"], items=(), jaxpr=s["artifact"], inputs=tuple(map(as_value, s["inputs"])), outputs=tuple(map(as_value, s["outputs"])))
         for s in manifest["stages"]
     }  # fmt: skip
     count = max(map(int, manifest["tensors"]), default=-1) + 1

@@ -78,7 +78,7 @@ def _share(after: float, before: float) -> str:
 
 def inputs(made: Plan) -> dict[str, Any]:
     """Name -> value of all that went into a plan."""
-    found: dict[str, Any] = {f"{k}": v for k, v in made.request.items()} | {"policy": made.policy, "objective": made.problem.objective}
+    found: dict[str, Any] = dict(made.request) | {"policy": made.policy, "objective": made.problem.objective}
     found |= {f"limit {k}": v for k, v in made.problem.limits.items()}
     if (cluster := made.problem.cluster) is not None:
         found["meshes"] = ", ".join(f"{m.name}: {m.count} {m.device.name}" for m in cluster.meshes)

@@ -119,7 +119,7 @@ def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, f
     length = float(np.sqrt((np.where(finite, x, 0) ** 2).sum() * (np.where(finite, y, 0) ** 2).sum()))
     return Difference(
         name=name, shape=shape, dtype=dtype, bitwise=bitwise, invalid=invalid, max_abs=gap, relative=relative, max_ulp=int(apart.max(initial=0)), wrong=int((~same).sum()), bound=bound,
-        equal=invalid == 0 and relative <= bound, rms=float(np.sqrt((gaps**2).mean())) if gaps.size else 0.0, cosine=float((np.where(finite, x, 0) * np.where(finite, y, 0)).sum()) / length if length > 0 else 1.0,
+        equal=invalid == 0 and relative <= bound, rms=_rms(gaps), cosine=float((np.where(finite, x, 0) * np.where(finite, y, 0)).sum()) / length if length > 0 else 1.0,
         steps=tuple(int(n) for n in np.histogram(apart, [-0.5, 0.5, 1.5, 2.5, 4.5, 16.5, 256.5, np.inf])[0]), first=_first(~same),
     )  # fmt: skip
 
@@ -162,7 +162,7 @@ def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any) 
     size = np.abs(truth[np.isfinite(truth)])
     scale = float(size[size <= FAR * np.median(size)].max(initial=0.0)) if size.size else 0.0
     beyond = other > np.maximum(OWN * noise, difference.bound * scale)
-    rounding = not beyond.any() and _rms(other) <= OWN * _rms(own) and own.max(initial=0.0) <= MOST * difference.bound * max(scale, float(size.max(initial=0.0)) * 1e-3)
+    rounding = not beyond.any() and _rms(other) <= OWN * _rms(own) and own.max(initial=0.0) <= MOST * difference.bound * max(scale, float(size.max(initial=0.0)) / FAR)
     return dataclasses.replace(difference, oracle=(_rms(own), _rms(other)), equal=rounding, rounding=rounding)
 
 

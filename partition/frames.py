@@ -29,8 +29,7 @@ def frame(result: Any) -> pandas.DataFrame:
     origin: Any = made()
     if isinstance(result, str | Path):
         try:
-            raw = json.loads(Path(result).read_text())
-            found, origin = (raw["rows"], raw["made"]) if "rows" in raw else ((raw["stages"], {"versions": raw["versions"], "profiles": raw["profiles"]}) if "stages" in raw else (raw["outputs"] + raw["boundaries"], raw["made"]))
+            found, origin = _read(json.loads(Path(result).read_text()))
         except Exception as error:
             raise OutputError(f"there are no rows in it: {told(error)}", where=str(result), mend="name what a verb of `partition` wrote with --json, or a plan.json") from None
     elif isinstance(result, Plan):
@@ -44,6 +43,13 @@ def frame(result: Any) -> pandas.DataFrame:
     table = pandas.json_normalize(found)
     table.attrs["made"] = origin
     return table
+
+
+def _read(raw: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """The rows of a file, and what made it: of a plan.json, of a verdict, of what else `--json` writes."""
+    if "placement" in raw:
+        return raw["stages"], {"versions": raw["versions"], "profiles": raw["profiles"]}
+    return raw["outputs"] + raw["boundaries"] if "boundaries" in raw else raw["rows"], raw["made"]
 
 
 def _row(result: Any) -> Mapping[str, Any]:

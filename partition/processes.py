@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from partition import _jax
-from partition.artifacts import Exported, load
+from partition.artifacts import Exported, as_value, load
 from partition.dispatch import Arrays, Machine
 from partition.errors import ExecutionError, OutputError, PartitionError, told
 from partition.graph import Value
@@ -316,7 +316,7 @@ class Processes:
             self._give_up(said)
             raise
         ready = {name: when for words in said.values() for name, when in words["ready"].items()}
-        deliveries = [Delivery(value=_value(d["value"]), src=d["src"], dst=d["dst"], trip=d["trip"], nbytes=d["nbytes"], ready=ready[d["name"]] - start, arrived=d["arrived"] - start)
+        deliveries = [Delivery(value=as_value(d["value"]), src=d["src"], dst=d["dst"], trip=d["trip"], nbytes=d["nbytes"], ready=ready[d["name"]] - start, arrived=d["arrived"] - start)
                       for words in said.values() for d in words["deliveries"]]  # fmt: skip
         planned = sum(c["bytes"] * c["times"] for c in self.manifest["crosses"])
         return Answer(outputs=tuple(outputs[i] for i in sorted(outputs)), deliveries=tuple(sorted(deliveries, key=lambda d: d.ready)), seconds=time.monotonic() - start, attempts=count, planned=planned,
@@ -365,13 +365,9 @@ class Processes:
                 time.sleep(0.01)
 
 
-def _value(raw: Sequence[Any]) -> Value:
-    return (raw[0], None if raw[1] is None else (raw[1][0], raw[1][1]))
-
-
 def _overlap(manifest: Mapping[str, Any], deliveries: Sequence[Delivery]) -> float:
     """The share of the hand-off's bytes that the stages make before the last one of their mesh that hands anything over."""
-    made = {_value(v): s["id"] for s in manifest["stages"] if s["region"] == "top" for v in s["outputs"]}
+    made = {as_value(v): s["id"] for s in manifest["stages"] if s["region"] == "top" for v in s["outputs"]}
     early = [(d, max((i for v, i in made.items() if v[0] == d.value[0]), default=-1)) for d in deliveries if d.trip < 0]
     last = {m: max(i for d, i in early if d.src == m) for m in {d.src for d, _ in early}}
     return sum(d.nbytes for d, i in early if i < last[d.src]) / (sum(d.nbytes for d, _ in early) or 1)

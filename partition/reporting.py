@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape, quoteattr
 
+from partition import drawings
 from partition.evaluation import under_way
 from partition.phases import Phase
 from partition.sharding import parallelism
@@ -19,7 +20,6 @@ from partition.units import dollars, flops, rate, seconds, size
 from partition.work import Work
 
 if TYPE_CHECKING:
-    from partition.drawings import Point
     from partition.equivalence import Verdict
     from partition.explanation import Answer
     from partition.pipeline import Plan
@@ -210,8 +210,6 @@ def _bars(timeline: Timeline) -> dict[str, Any]:
 
 def _pictures(plan: Plan, timeline: Timeline) -> dict[str, Any]:
     """Memory, roofline and blocks by mesh as coordinates of drawings 1,000 wide."""
-    from partition import drawings
-
     p, colours = plan.problem, drawings.COLOURS
     length = max((s.end for s in timeline.slots), default=0.0) or 1.0
     tracks = []
@@ -228,7 +226,7 @@ def _pictures(plan: Plan, timeline: Timeline) -> dict[str, Any]:
     return {"memory": tracks, "roofline": _roofline(points, roofs, p.meshes, colours), "dots": dots, "arcs": arcs, "rows": [(row[m], p.meshes[m], colours[m % len(colours)]) for m in used], "height": 44 * len(used) + 10}
 
 
-def _roofline(points: Sequence[Point], roofs: Mapping[str, tuple[float, float]], meshes: Sequence[str], colours: Sequence[str]) -> dict[str, Any] | None:
+def _roofline(points: Sequence[drawings.Point], roofs: Mapping[str, tuple[float, float]], meshes: Sequence[str], colours: Sequence[str]) -> dict[str, Any] | None:
     """Points and roofs as coordinates of a drawing 1,000 x 320 with logarithmic axes; None where there is nothing to draw."""
     if not points or not roofs:
         return None
@@ -256,7 +254,6 @@ def html(plan: Plan, swings: Sequence[Swing] = ()) -> str:
     """The report: one file that opens offline. swings: what `sensitivity` found."""
     import jinja2
 
-    from partition import drawings
     from partition.explanation import explain
 
     try:
