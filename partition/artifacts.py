@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition import _jax
+from partition.arguments import checked
 from partition.dispatch import Arrays, Machine, Walk, transfers
 from partition.errors import ExecutionError, OutputError, told
 from partition.execution import HostArrays, bound_inputs, strict_options
@@ -31,6 +32,7 @@ from partition.stages import LoopPlan, Stage, Stages
 FORMAT = "partition export 2"
 
 
+@checked
 def export(stages: Stages, folder: str | Path, *args: Any) -> Path:
     """Write stages into a new folder, whole or not at all: manifest.json, one artifact for each distinct stage, the program's constants; with `args`, these too.
 

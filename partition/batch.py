@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.evaluation import FAR, groups
 from partition.flow import by_value
 from partition.phases import Phase
@@ -28,6 +29,7 @@ _TIMES, _LOADS = ("ttft", "tpot", "e2e"), ("throughput", "usd_per_mtok", "joules
 class Batch:
     """A problem, ready to have many placements of it evaluated: `Batch(problem).scores(mesh [b, n], "e2e")`."""
 
+    @checked
     def __init__(self, problem: Problem):
         import scipy.sparse
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from partition import outputs
+from partition.arguments import checked
 from partition.bounds import lower_bound
 from partition.errors import PartitionError
 from partition.evaluation import Estimate, evaluate
@@ -38,6 +39,7 @@ Tried = tuple[float, Placement | str]
 """Seconds that a policy took, and what it placed or why it did not."""
 
 
+@checked
 def compare(
     problems: Mapping[str, Problem] | Problem, policies: Iterable[str | Policy] | str | Policy, *, seconds: float | None = None, jobs: int = 1, progress: Callable[[str], None] | None = None,
 ) -> list[Result]:  # fmt: skip

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.chain import reduced
 from partition.cuts import two_kinds
 from partition.evaluation import groups
@@ -45,6 +46,7 @@ def critical_path(problem: Problem, nodes: list[int]) -> float:
     return max(end.values(), default=0.0)
 
 
+@checked
 def lower_bound(problem: Problem) -> Bound:
     """The best bound known for the problem's objective. Source: critical path and area bounds of list scheduling (Graham, 1969); `paths`."""
     before, inside, after = groups(problem)

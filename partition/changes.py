@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from partition.arguments import checked
 from partition.errors import PartitionError, PlacementError
 from partition.evaluation import evaluate, verify
 from partition.overrides import quantities
@@ -91,6 +92,7 @@ def outcomes(made: Any) -> dict[str, float]:
     return {k: float(getattr(made, k)) for k in OUTCOMES}
 
 
+@checked
 def diff(a: Plan, b: Plan, *, again: bool = True, progress: Callable[[str], None] | None = None) -> Changes:
     """How two plans (as made, or loaded) differ. again: make the first plan again with each input that differs alone, where both are of models by name.
 

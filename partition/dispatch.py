@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from partition.arguments import checked
 from partition.graph import Role, Value, value_bytes
 from partition.stages import LoopPlan, Stage, Stages, find
 
@@ -257,6 +258,7 @@ class _Counter:
         return self.trip < self.trips
 
 
+@checked
 def transfers(stages: Stages) -> tuple[Transfer, ...]:
     """Every transfer of one request, found by walking the steps without computing.
 

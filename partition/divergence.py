@@ -83,7 +83,7 @@ def misread(stages: Stages) -> str | None:
         clean = _jax.write(stage.items, stage.reads, stage.outputs, stages.program.entry.lowered, name="clean")
         if (found := unlike(clean, stage.jaxpr)) is None:
             continue
-        way, how = found
+        way, _, how = found
         at = f"stage {stage.id} on {stages.problem.meshes[stage.mesh]}"
         if not way:
             return f"{at}: {how} than the program's"
@@ -133,23 +133,23 @@ def recomputed(stages: Stages, record: Record, refs: References, tensor: int) ->
 
 def _first_equation(clean: Any, given: Any, inputs: Sequence[Any], options: Any, differs: Differs) -> tuple[int, str, str] | None:
     """(number of the first equation that differs, how, what differs inside it) of two jaxprs on the same inputs."""
-    want, owners = _results(clean, inputs, options)
-    got, others = _results(given, inputs, options)
+    want, owners = results(clean, inputs, options)
+    got, others = results(given, inputs, options)
     if owners != others:
         return -1, f"the stage has other equations than the program ({len(others)} results for {len(owners)})", ""
     for number, a, b in zip(owners, want, got, strict=True):
         if how := differs(a, b):
             env = _jax.environment(clean, inputs, want)
-            return number, how, _within(_jax.body_of(clean).eqns[number], _jax.body_of(given).eqns[number], env, options, differs)
+            return number, how, within(_jax.body_of(clean).eqns[number], _jax.body_of(given).eqns[number], env, options, differs)
     return None
 
 
-def _results(jaxpr: Any, inputs: Sequence[Any], options: Any) -> tuple[list[Any], list[int]]:
+def results(jaxpr: Any, inputs: Sequence[Any], options: Any) -> tuple[list[Any], list[int]]:
     exposed, owners = _jax.expose(jaxpr)
     return jax.jit(_jax.as_function(exposed), compiler_options=options)(*inputs), owners
 
 
-def _within(want: Any, got: Any, env: Any, options: Any, differs: Differs) -> str:
+def within(want: Any, got: Any, env: Any, options: Any, differs: Differs) -> str:
     """What differs inside a loop or a call, trip by trip; empty where the equation is neither, or nothing inside differs by itself."""
     for clean, given, inputs in _jax.inside(want, got, env):
         found = _first_equation(clean, given, inputs, options, differs)

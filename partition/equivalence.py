@@ -22,12 +22,14 @@ import numpy as np
 
 from partition import _jax, divergence
 from partition._jax.lifting import float64
-from partition._jax.likeness import unlike
+from partition.arguments import checked
+from partition.counterparts import parting
 from partition.dispatch import transfers
 from partition.distances import TOLERANCE, Choices, Difference, against, choices, compare, floating, judged, parts
 from partition.errors import EquivalenceError, ExecutionError, told, user_line
 from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
 from partition.graph import Value
+from partition.program import trace
 from partition.references import References, logits
 from partition.stages import Stage, Stages
 
@@ -62,15 +64,16 @@ class Verdict:
     def __str__(self) -> str:
         word = "outputs EQUAL BIT FOR BIT" if self.bitwise else "EQUAL within bounds" if self.equal else "NOT EQUAL"
         exact = sum(d.bitwise for d in self.boundaries)
-        lines = [f"{word}: {len(self.outputs)} outputs, {len(self.boundaries)} values at stage boundaries ({exact} bit for bit), {self.stages} stages"]
-        asked = (("is the cut right?", self.cut), ("does sharding matter?", self.sharding), ("what would the target do?", self.target))
+        cut = bool(self.planned_trips or self.stages)  # else two callables were compared
+        lines = [f"{word}: {len(self.outputs)} outputs" + (f", {len(self.boundaries)} values at stage boundaries ({exact} bit for bit), {self.stages} stages" if cut else " of reference and candidate")]
+        asked = (("is the cut right?" if cut else "is the candidate right?", self.cut), ("does sharding matter?", self.sharding), ("what would the target do?", self.target))
         lines += [f"  {question:<26}{answer}" for question, answer in asked if answer]
         lines += [f"  first divergence: {self.culprit}"] if self.culprit else []
         lines += [f"  {d}" for d in self.outputs]
         lines += [f"  {c}" for c in self.tokens]
         worst = sorted((d for d in self.boundaries if not d.bitwise), key=lambda d: (d.equal, -d.relative))
         lines += [f"  boundary {d}" for d in worst[:5]] + ([f"  ... and {len(worst) - 5} more boundaries that are not bit for bit"] if len(worst) > 5 else [])
-        lines.append(f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}")
+        lines += [f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}"] if cut else []
         return "\n".join([*lines, *(f"  not shown: {n}" for n in self.not_shown)])
 
     def _repr_html_(self) -> str:
@@ -84,6 +87,7 @@ class Verdict:
         return f": the token loop ended by itself after {self.trips} of {self.planned_trips} trips" if early else ""
 
 
+@checked
 def check(
     stages: Stages | Callable[..., Any], *args: Any, strict: bool = True, tolerance: Mapping[str, float] | float | None = None, trips: int = 2, oracle: bool = False, runner: Runner | None = None,
 ) -> Verdict:  # fmt: skip
@@ -180,12 +184,9 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
         outputs = _against(outputs, truth, *rows) if oracle else outputs
         outputs = tuple(d if t is None else judged(d, t, a, b) for d, t, a, b in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
     equal = all(d.equal for d in outputs)
-    found = None
-    with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
-        found = unlike(jax.make_jaxpr(reference)(*args), jax.make_jaxpr(candidate)(*args)) if not equal else None
-    if found is not None:
-        way, how = found
-        culprit = f"{way[-1].primitive.name} at {_jax.source(way[-1], (way[0], None))}: the candidate's {how}" if way else how
+    if not equal:
+        with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
+            culprit = parting(trace(reference, *args), trace(candidate, *args), tuple(args), lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d))
     bitwise = equal and all(d.bitwise for d in outputs)
     verdict = Verdict(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=(), stages=0, moved_bytes=0, planned_bytes=0,
@@ -196,7 +197,7 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
         if not equal and not all(d.bitwise for d in _compared(before, _called(name, fn, args), None)):
             raise _refused(verdict, f"the {name} does not give the same numbers twice", where=getattr(fn, "__qualname__", name), mend="give it keys as arguments, or take out what changes from run to run")
     if not equal:
-        raise _refused(verdict, "reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the first equation that is another")
+        raise _refused(verdict, "reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the op named" if culprit else "look at what the two compute otherwise; no op is named where JAX cannot trace them")
     return verdict
 
 

@@ -43,8 +43,13 @@ def user_line(error: BaseException, *libraries: str) -> str:
 
 def written_at(error: BaseException) -> str:
     """Where a user's code raised under JAX or Flax: its last line that is none of theirs."""
-    libraries = [os.path.dirname(m.__file__ or "") for m in (sys.modules.get("jax"), sys.modules.get("flax")) if m is not None]
-    return user_line(error, *libraries, contextlib.__file__)
+    return user_line(error, *libraries(), contextlib.__file__)
+
+
+def libraries() -> tuple[str, ...]:
+    """The folders of JAX, of Flax and of what else models are written with, of those that are loaded."""
+    loaded = (sys.modules.get(name) for name in ("jax", "flax", "optax", "haiku", "equinox"))
+    return tuple(os.path.dirname(m.__file__) for m in loaded if m is not None and m.__file__)
 
 
 class PartitionError(Exception):
@@ -59,6 +64,10 @@ class PartitionError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Errors come back from other processes as they are."""
         return functools.partial(type(self), where=self.where, mend=self.mend), (self.what,), {k: v for k, v in self.__dict__.items() if k not in ("what", "where", "mend")}
+
+
+class ArgumentError(PartitionError, TypeError):
+    """A verb was given a value of another type than it takes."""
 
 
 class ProfileError(PartitionError):

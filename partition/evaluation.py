@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.errors import InfeasibleError, PlacementError
 from partition.flood import flow, spans
 from partition.graph import Value
@@ -180,6 +181,7 @@ WATCH: contextvars.ContextVar[Callable[[Problem, Placement, Estimate], None] | N
 """What is told every placement that is evaluated, where somebody listens."""
 
 
+@checked
 def evaluate(problem: Problem, placement: Placement, *, record: list[Slot] | None = None) -> Estimate:
     """Every objective of a placement. With `record`, the slots of the schedule (first trips only) are appended to it."""
     if problem.rates is not None:

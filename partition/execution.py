@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from partition import _jax
 from partition._jax.lifting import floats
 from partition._jax.rewriting import unconstrained, wide_sums
+from partition.arguments import checked
 from partition.dispatch import Arrays, Walk
 from partition.errors import ExecutionError, told
 from partition.graph import OPAQUE, Value, bodies
@@ -327,17 +328,20 @@ def bound_inputs(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
     return dict(zip(program.graph.inputs, leaves, strict=True))
 
 
+@checked
 def prepare(stages: Stages, *, strict: bool = True, alone: bool = False, target: Target | None = None, progress: Callable[[str], None] | None = None) -> Runner:
     """Compile every stage ahead of time. strict: under the options that keep a cut bit-exact. alone: on one host device for each mesh, so that nothing is
     sharded. target: in the arithmetic of devices (see `precision`). Raises ExecutionError."""
     return Runner(stages, strict=strict, alone=alone, target=target, progress=progress)
 
 
+@checked
 def run(stages: Stages, *args: Any) -> Any:
     """Compile and run the stages on CPU host devices; gives what the uncut function gives. Raises ExecutionError."""
     return prepare(stages)(*args)
 
 
+@checked
 def uncut(program: Program, *, strict: bool = True) -> Callable[..., Any]:
     """The uncut program, compiled for one host device under the same options as the stages: the reference."""
     options = dict(strict_options()) if strict else {}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.errors import InfeasibleError, PlacementError
 from partition.evaluation import Estimate, evaluate
 from partition.fleet import Fleet, devices_of, fleet
@@ -116,6 +117,7 @@ def flips(problem: Problem, wins: Callable[[Problem], bool]) -> float | None:
     return high
 
 
+@checked
 def explain(problem: Problem, *, load: float = 1.0, busiest: float = 0.8, others: Sequence[Problem] = ()) -> Answer:
     """Hold the announced split against the alternatives at `load` requests/s, with no machine busier than `busiest` of the time (see `fleet`).
 

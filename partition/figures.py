@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partition import drawings
+from partition.arguments import checked
 from partition.errors import OutputError
 from partition.outputs import write
 from partition.timeline import schedule
@@ -23,6 +24,7 @@ COLUMN = 3.35
 PHASES = {"prefill": "#3b7dd8", "decode": "#e07b39", "handoff": "#7a52c7", "other": "#2a9d8f"}
 
 
+@checked
 def draw(plan: Plan, folder: str | Path) -> Path:
     """Write timeline, memory and roofline into a folder, each as SVG, PNG and CSV, all or none. Raises OutputError where matplotlib is not installed or nothing can be written."""
     try:

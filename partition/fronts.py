@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.errors import InfeasibleError, NameUnknownError, PlacementError
 from partition.evaluation import Estimate, broken, evaluate, verify
 from partition.pipeline import place
@@ -24,6 +25,7 @@ class Point:
     estimate: Estimate
 
 
+@checked
 def front(
     problem: Problem, objectives: Sequence[str], *, policy: str | Policy = "portfolio", points: int = 6, progress: Callable[[str], None] | None = None,
 ) -> tuple[Point, ...]:  # fmt: skip
@@ -31,9 +33,9 @@ def front(
     best and what the first's best has. A policy finds the placements, so the front is as good as it; through a host, `order_dp`'s stages between
     the shortest longest and the least sum are added. Raises PlacementError, NameUnknownError."""
     if not 2 <= len(set(objectives)) == len(objectives) <= 3:
-        raise PlacementError(f"a front is of two or three objectives, not of {', '.join(objectives)}", where="front", mend=f"name two of {', '.join(OBJECTIVES)}")
+        raise PlacementError(f"a front is of two or three objectives, not of {', '.join(map(str, objectives))}", where="front", mend=f"name two of {', '.join(OBJECTIVES)}")
     if wrong := [o for o in objectives if o not in OBJECTIVES]:
-        raise NameUnknownError.among("objective", wrong[0], OBJECTIVES)
+        raise NameUnknownError.among("objective", str(wrong[0]), OBJECTIVES)
     found: list[Point] = []
 
     def run(of: Problem, what: str) -> Point | None:

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from partition import records
+from partition.arguments import checked
 from partition.errors import InstanceError
 from partition.plain import plain
 from partition.problem import Problem
 
 
+@checked
 def read(path: str | Path) -> Problem:
     """A problem from a file of our own (or a plan.json), a JSON file of the msr-fiddle/dnn-partitioning repository, or a .lp model of Helix. Raises InstanceError with file and entry."""
     path = Path(path)

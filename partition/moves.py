@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.errors import PlacementError
 from partition.flow import by_value
 from partition.phases import Phase
@@ -29,6 +30,7 @@ class Moves:
     holds them). Raises PlacementError.
     """
 
+    @checked
     def __init__(self, placement: Placement):
         if (problem := placement.problem) is None or problem.rates is not None or problem.ports is not None:
             raise PlacementError("moves are counted for placements over links", where="Moves(placement)", mend="give a placement of a problem that was posed on a cluster")

@@ -16,6 +16,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from partition.arguments import checked
 from partition.errors import NameUnknownError, PhaseError
 from partition.graph import Graph, Op, Role, bodies, held, to_nx, uncollected, weights
 from partition.loops import Finding, batch_of, find_token_loop, written
@@ -121,6 +122,7 @@ def _flat(graph: Graph, loop: int | None) -> list[Op]:
 
 
 @uncollected()
+@checked
 def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str, Phase | str] | None = None) -> Phases:
     """Find the phase of every op and what crosses.
 

@@ -22,6 +22,7 @@ import numpy as np
 import pydantic
 
 from partition import profiles, records
+from partition.arguments import checked
 from partition.bounds import Bound, lower_bound
 from partition.errors import NameUnknownError, OutputError, PartitionError, PlacementError, told, user_line
 from partition.evaluation import Estimate, evaluate, verify
@@ -109,6 +110,7 @@ class Plan:
 
         return notebook(self)
 
+    @checked
     def save(self, folder: str | Path, *, swings: Sequence[Swing] = ()) -> Path:
         """Write plan.json, report.html, trace.json and explorer.json into a folder, all of them or none. swings: what `sensitivity` found, for the report. Raises OutputError."""
         from partition.drawings import explorer, overlays
@@ -118,6 +120,7 @@ class Plan:
         return write(folder, graphs | {"plan.json": json.dumps(to_json(self), indent=1), "report.html": html(self, swings), "trace.json": json.dumps(trace_events(self))})
 
     @staticmethod
+    @checked
     def load(path: str | Path) -> Plan:
         """Read a plan.json (or the folder that holds it). Raises OutputError."""
         path = Path(path)
@@ -204,6 +207,7 @@ def _named(group: str, name: str, known: Mapping[str, Any], kind: str) -> Any:
     raise NameUnknownError.among(kind, name, [*known, *points], mend="or name your own as module:attribute")
 
 
+@checked
 def policy(name: str | Policy) -> Policy:
     """A policy by name, entry point or module:attr; a callable is itself. Raises NameUnknownError, PlacementError."""
     found = name if callable(name) else _named("partition.policies", name, POLICIES, "policy")
@@ -213,6 +217,7 @@ def policy(name: str | Policy) -> Policy:
     return found
 
 
+@checked
 def model(name: str) -> Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]:
     """A model by name (`model("tiny")(prompt=16, new_tokens=8, seed=0)` -> fn, args) or as module:attr, which is then called itself.
 
@@ -251,6 +256,7 @@ def model_names() -> list[str]:
     return sorted(p.name for p in importlib.metadata.entry_points(group="partition.models"))
 
 
+@checked
 def place(problem: Problem, how: str | Policy, *, seconds: float | None = None, **options: Any) -> Placement:
     """Run a policy, for `seconds` at most where given, and hold its placement to the problem. Raises PlacementError for a policy that fails, InfeasibleError."""
     chosen = policy(how)
@@ -265,6 +271,7 @@ def place(problem: Problem, how: str | Policy, *, seconds: float | None = None, 
     return verify(problem, placement)
 
 
+@checked
 def plan(
     fn: Callable[..., Any] | Program, args: tuple[Any, ...] = (), *, cluster: str | Cluster, policy: str | Policy = "portfolio", objective: str = "e2e",
     level: Literal["block", "op"] = "block", trips: int | None = None, title: str | None = None,

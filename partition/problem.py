@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.coarsen import Block, coarsen, share
 from partition.costs import Cost
 from partition.errors import NameUnknownError, PlacementError, TraceError, WorkError
@@ -22,6 +23,7 @@ from partition.keeping import kept
 from partition.measured import Times, put
 from partition.phases import Phase, Phases, is_weight
 from partition.pricing import depth, layer_of, layouts, node_costs
+from partition.profiles import cluster as named
 from partition.sharding import Layout
 from partition.shrinking import carried
 from partition.symbols import first
@@ -227,25 +229,24 @@ class Problem:
         return total
 
 
+@checked
 def pose(
-    phases: Phases, cluster: Cluster, *, objective: str = "e2e", level: Literal["block", "op"] = "block",
+    phases: Phases, cluster: str | Cluster, *, objective: str = "e2e", level: Literal["block", "op"] = "block",
     trips: int | None = None, pins: Mapping[str, str] | None = None, sharding: Literal["search", "tensor"] = "search",
     costs: Times | None = None, limits: Mapping[str, float] | None = None, keep: Sequence[str] = (), like: Problem | None = None,
 ) -> Problem:  # fmt: skip
-    """Make the placement problem of a tagged program on a cluster.
+    """Make the placement problem of a tagged program on a cluster (or the name of one).
 
     objective: one of OBJECTIVES. level: "block" or "op". trips: for loops whose structure does not tell how often they run.
     pins: node name -> mesh name. limits: one of LIMITS -> what it may be at most (throughput: at least). keep: what stays whole (see `keeping`). sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
     over all devices, even where that is slower. costs: a user's own times, node name or pattern -> mesh or device -> seconds of one run, which
     take the place of the model's (see `measured`). like: the problem of a program of the same structure, whose nodes these are to be. Raises NameUnknownError, WorkError, ProfileError.
     """
-    if objective not in OBJECTIVES:
-        raise NameUnknownError.among("objective", objective, OBJECTIVES)
+    for what, told, known in (("objective", objective, OBJECTIVES), ("level", level, ("block", "op")), ("sharding", sharding, ("search", "tensor"))):
+        if told not in known:
+            raise NameUnknownError.among(what, str(told), known)
     hold_limits(limits or {}, where="pose(limits=...)")
-    if level not in ("block", "op"):
-        raise NameUnknownError.among("level", str(level), ("block", "op"))
-    if sharding not in ("search", "tensor"):
-        raise NameUnknownError.among("sharding", str(sharding), ("search", "tensor"))
+    cluster = named(cluster) if isinstance(cluster, str) else cluster
     if trips is not None and trips < 0:
         raise WorkError(f"a loop cannot run {trips} times", where="pose(trips=...)", mend="give the number of trips, from 0")
     if sizes := phases.program.sizes:
@@ -366,8 +367,7 @@ def _node_works(blocks: Sequence[Block], works: Mapping[int, Work]) -> tuple[Wor
     for b in blocks:
         total = Work()
         for op, span in b.items:
-            part = share(op, span)
-            total = total + (works[op.id] if part == 1.0 else works[op.id] * part)
+            total = total + (works[op.id] if (part := share(op, span)) == 1.0 else works[op.id] * part)
         out.append(total)
     return tuple(out)
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from partition import _jax
+from partition.arguments import checked
 from partition.artifacts import Exported, as_value, load
 from partition.dispatch import Arrays, Machine
 from partition.errors import ExecutionError, OutputError, PartitionError, told
@@ -373,6 +374,7 @@ def _overlap(manifest: Mapping[str, Any], deliveries: Sequence[Delivery]) -> flo
     return sum(d.nbytes for d, i in early if i < last[d.src]) / (sum(d.nbytes for d, _ in early) or 1)
 
 
+@checked
 def launch(folder: str | Path, *, patience: float = 10.0, throttle: float | None = None, progress: Callable[[str], None] | None = None) -> Processes:
     """Processes for an export (made with its arguments, or with inputs given to `run`): `with launch(folder) as processes: processes.run()`.
 

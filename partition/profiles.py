@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from partition import units
+from partition.arguments import checked
 from partition.errors import NameUnknownError, ProfileError
 from partition.hardware import (
     FORMATS,
@@ -322,6 +323,7 @@ def _find(name: str, table: Table, beside: Path | None = None) -> Path:
     raise NameUnknownError.among(table, name, names(table), mend="or name a .toml file of your own")
 
 
+@checked
 def device(name: str, beside: Path | None = None) -> Device:
     """Read a device profile by name or path. Raises ProfileError, NameUnknownError."""
     raw = _read(_find(name, "device", beside), "device")
@@ -341,6 +343,7 @@ def _named_by(where: str, read: Callable[[str, Path | None], Any], name: str, be
         raise ProfileError(error.what, where=where, mend=error.mend) from None
 
 
+@checked
 def cluster(name: str) -> Cluster:
     """Read a cluster profile, its devices and its links, by name or path.
 

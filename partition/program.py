@@ -18,7 +18,8 @@ import jax.export
 import jax.numpy as jnp
 
 from partition import _jax, symbols
-from partition.errors import TraceError, told, written_at
+from partition.arguments import checked
+from partition.errors import ExecutionError, TraceError, told, written_at
 from partition.graph import Graph, Op, Role
 from partition.graph import weights as weights_of
 from partition.joint import Call, Joint, join
@@ -106,8 +107,11 @@ def _leaf_name(path: Any, argument: int) -> str:
     return text.removesuffix(".value")
 
 
+@checked
 def host_devices(count: int) -> None:
-    """Ask JAX for `count` CPU host devices, the stand-ins of the meshes. Does nothing once a JAX backend has started."""
+    """Ask JAX for `count` CPU host devices, the stand-ins of the meshes. Does nothing once a JAX backend has started. Raises ExecutionError for a count below 1."""
+    if count < 1:
+        raise ExecutionError(f"{count} host devices run nothing", where="host_devices(count=...)", mend="give 1 or more")
     if getattr(jax.config, "jax_num_cpu_devices", 0) < count:
         try:
             jax.config.update("jax_num_cpu_devices", count)
@@ -118,6 +122,7 @@ def host_devices(count: int) -> None:
 DEFAULT_HOST_DEVICES = 32
 
 
+@checked
 def compile_cache(folder: str | Path | None = None) -> Path | None:
     """Keep compiled stages on disk, by content, so that the next process does not compile them again (JAX's own cache). Gives the folder.
 

@@ -56,8 +56,8 @@ def row(nodeid: str, options: Mapping[str, Any], verdict: Any, error: Exception 
         }  # fmt: skip
     if error is not None:
         found["error"] = str(error)
-        if (at := re.search(r"at (\S+\.py):(\d+)", f"{found.get('culprit', '')} {error}")) is not None:
-            found |= {"file": at[1], "line": int(at[2])}
+        if at := re.findall(r"at (\S+\.py):(\d+)", str(found.get("culprit") or error)):
+            found |= {"file": at[-1][0], "line": int(at[-1][1])}  # the innermost
     return found
 
 
@@ -157,7 +157,7 @@ def annotation(r: Mapping[str, Any], root: Path) -> str:
     top = Path(os.environ.get("GITHUB_WORKSPACE", root))
     shown = os.path.relpath(at, top) if at.is_absolute() else str(at)
     message = f"{r['test']}: {told(r)}".replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return f"::error file={shown},line={r.get('line', 1)},title=cut and uncut model differ::{message}"
+    return f"::error file={shown},line={r.get('line', 1)},title={'reference and candidate' if 'candidate' in r else 'cut and uncut model'} differ::{message}"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

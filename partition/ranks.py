@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.errors import PlacementError
 from partition.evaluation import evaluate
 from partition.hardware import End, Quantity
@@ -51,6 +52,7 @@ class Ranks:
         return "\n".join([*lines, f"Of {_EXACT} draws that were priced in full, {100 * self.agree:.0f} % of the pairs stand as said; a score differs by {100 * self.error:.0f} % at most."])
 
 
+@checked
 def rank(problem: Problem, placements: Mapping[str, Placement], *, draws: int = 1000, seed: int = 0, progress: Callable[[str], None] | None = None) -> Ranks:
     """Compare placements of one problem over the bands of its cluster; capacities stay. Numbers are drawn uniformly in their logarithms on either side of
     the nominal, half of them on each. Raises PlacementError for a problem without a program or a cluster, and for fewer than two placements."""

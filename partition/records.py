@@ -15,6 +15,7 @@ import numpy as np
 import pydantic
 
 from partition import outputs
+from partition.arguments import checked
 from partition.errors import InstanceError, OutputError, told
 from partition.flow import Flow, Resident
 from partition.phases import Phase
@@ -158,6 +159,7 @@ def read(raw: Mapping[str, Any], where: str) -> Problem:
     return problem
 
 
+@checked
 def write(problem: Problem, path: str | Path) -> Path:
     """Write a problem to a file, whole or not at all. Raises OutputError."""
     path = Path(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape, quoteattr
 
 from partition import drawings
+from partition.arguments import checked
 from partition.evaluation import under_way
 from partition.phases import Phase
 from partition.sharding import parallelism
@@ -250,6 +251,7 @@ def _roofline(points: Sequence[drawings.Point], roofs: Mapping[str, tuple[float,
     return {"lines": lines, "points": shown, "ticks": ticks, "marks": marks[:: max(1, len(marks) // 6)]}
 
 
+@checked
 def html(plan: Plan, swings: Sequence[Swing] = ()) -> str:
     """The report: one file that opens offline. swings: what `sensitivity` found."""
     import jinja2

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from partition.errors import TraceError
+from partition.arguments import checked
+from partition.errors import TraceError, told, user_line
 from partition.evaluation import Estimate, evaluate
 from partition.graph import Graph, Op, Tensor, bodies, itemsize
 from partition.phases import is_weight
@@ -82,6 +83,7 @@ def _joined(parts: Sequence[Estimate], count: int) -> Estimate:
     return Estimate(**{f.name: join([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Estimate)})
 
 
+@checked
 def curves(
     of: Program | Callable[..., tuple[Any, tuple[Any, ...]]], sizes: Mapping[str, int], *, cluster: str | Cluster, policy: str | Policy = "portfolio", **options: Any,
 ) -> Curves:  # fmt: skip
@@ -119,7 +121,10 @@ def _polynomials(of: Callable[..., Any], names: Sequence[str], sizes: Mapping[st
     checks = [{n: 2 * sizes[n] + 1 + i for i, n in enumerate(names)}, dict(sizes)]
     programs = []
     for at in [*corners, *checks]:
-        fn, args = of(**at)
+        try:
+            fn, args = of(**at)
+        except Exception as error:
+            raise TraceError(f"the maker raised {told(error)}", where=f"{getattr(of, '__name__', 'maker')}({', '.join(f'{n}={v}' for n, v in at.items())}), {user_line(error)}", mend="give a callable: sizes by name -> (fn, args)") from error
         programs.append(trace(fn, *args))
     said = [[(op.primitive, op.inputs, op.outputs) for op in p.graph.walk()] for p in programs]
     for at, ops in zip([*corners, *checks], said, strict=True):

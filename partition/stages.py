@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from partition import _jax
+from partition.arguments import checked
 from partition.coarsen import Block
 from partition.errors import PlacementError
 from partition.evaluation import verify
@@ -100,6 +101,7 @@ def find(value: Value, made: Mapping[int, Sequence[Value]]) -> list[Value]:
     return sorted(pieces, key=lambda v: v[1] or (0, 0))
 
 
+@checked
 def cut(program: Program, placement: Placement, *, streamed: bool = False) -> Stages:
     """Cut a program into stages. Raises PlacementError where the placement is of another program, or not valid.
 

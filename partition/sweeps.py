@@ -6,13 +6,16 @@ once for each size; its problem is priced anew for each cell and placed anew. jo
 
 from __future__ import annotations
 
+import difflib
 import itertools
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partition import outputs
+from partition.arguments import checked
 from partition.errors import InfeasibleError, NameUnknownError, PlacementError
 from partition.evaluation import evaluate
 from partition.parallel import each
@@ -30,6 +33,7 @@ SIZES = ("batch", "prompt", "new_tokens")
 GIVES = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
 
 
+@checked
 def sweep(
     model: str | Callable[..., Any], over: Mapping[str, Sequence[Any]], *, cluster: str | Cluster, how: str | Policy = "portfolio", objective: str = "e2e", jobs: int = 1,
     limits: Mapping[str, float] | None = None, progress: Callable[[str], None] | None = None, **sizes: int,
@@ -44,17 +48,26 @@ def sweep(
     from partition.profiles import cluster as find_cluster
 
     machines = find_cluster(cluster) if isinstance(cluster, str) else cluster
+    for name, values in over.items():
+        if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
+            raise PlacementError(f"{name} has {values!r} where its values are wanted", where=f"sweep(over={{{name!r}: ...}})", mend=f"write {{{name!r}: [{values!r}]}}")
+        if name in SIZES and (wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, numbers.Integral) or v < 1]):
+            raise PlacementError(f"{name} cannot be {wrong[0]!r}", where=f"sweep(over={{{name!r}: ...}})", mend="give whole numbers from 1")
     if not over or not all(len(values) for values in over.values()):
         raise PlacementError("a sweep without values has no cells", where="sweep(over=...)", mend="give each input the values it takes")
     if wrong := sorted(set(sizes) - set(SIZES)):
         raise NameUnknownError.among("size", wrong[0], SIZES)
-    numbers = [name for name in over if name not in SIZES]
-    for name in numbers:
-        for value in over[name]:
-            machines.replace({name: value})  # what is wrong is said before anything runs
+    quantities = [name for name in over if name not in SIZES]
+    for name in quantities:
+        try:
+            for value in over[name]:
+                machines.replace({name: value})  # what is wrong is said before anything runs
+        except NameUnknownError as error:
+            near = difflib.get_close_matches(name, SIZES, n=1)
+            raise NameUnknownError(error.what, where=error.where, mend=f"did you mean the size {near[0]!r}?" if near else f"sizes are {', '.join(SIZES)}; {error.mend}") from None
     policy(how)
     grid = [dict(zip([n for n in over if n in SIZES], cell, strict=True)) for cell in itertools.product(*(over[n] for n in over if n in SIZES))]
-    cells = [dict(zip(numbers, cell, strict=True)) for cell in itertools.product(*(over[n] for n in numbers))]
+    cells = [dict(zip(quantities, cell, strict=True)) for cell in itertools.product(*(over[n] for n in quantities))]
     parts = max(1, -(-(os.cpu_count() or 1 if jobs < 0 else jobs) // len(grid)))  # cells of one size are shared out only where there are more processes than sizes
     tasks = [(sizes | size, cells[i::parts]) for size in grid for i in range(parts) if cells[i::parts]]
     done = each(_cells, [(model, size, some, machines, how, objective, limits) for size, some in tasks], jobs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.errors import InfeasibleError, PlacementError
 from partition.evaluation import evaluate
 from partition.hardware import End, Kind
@@ -46,6 +47,7 @@ class Swing:
         return (b - a) / a if a else 0.0
 
 
+@checked
 def sensitivity(plan: Plan, policy: str | Policy | None = None, progress: Callable[[str], None] | None = None) -> tuple[Swing, ...]:
     """Vary each number that has a band, capacities left out; those that decide the placement first, then the widest swings.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from partition.arguments import checked
 from partition.evaluation import Estimate, Slot, evaluate
 from partition.problem import Placement, Problem
 
@@ -34,6 +35,7 @@ class Timeline:
         return max(work, key=lambda k: work[k])
 
 
+@checked
 def schedule(problem: Problem, placement: Placement) -> Timeline:
     """Lay a placement out in time."""
     slots: list[Slot] = []

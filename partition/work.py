@@ -69,6 +69,9 @@ FUSED: set[str] = set()
 def rule(*primitives: str, fused: bool = False) -> Callable[[Rule], Rule]:
     """Register a work rule for primitives by name; `fused` if the op moves no bytes of its own."""
 
+    if not primitives or not all(isinstance(p, str) for p in primitives):
+        raise WorkError("a rule is for primitives by name", where=f"rule{primitives}", mend='write @rule("dot_general")')
+
     def register(fn: Rule) -> Rule:
         RULES.update(dict.fromkeys(primitives, fn))
         if fused:

@@ -76,7 +76,7 @@ def test_a_strangers_repository(workers: str, tmp_path: Path) -> None:
     assert "2 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     told = done.stdout.split("numeric equivalence")[1]
     assert told.count("bit for bit    test_it.py::test_split") == 2 and "not equal      test_it.py::test_other: against other" in told
-    assert "::error file=model.py,line=10,title=" in told and "tanh at" in told  # the line of the reference that the candidate does not have
+    assert "::error file=model.py,line=14,title=reference and candidate differ::" in told and "op 1 (sin)" in told  # the candidate's own line
     assert "::error file=test_it.py,line=1," in told and "there is no cluster called 'nope'" in told
     assert "Traceback" not in done.stdout
     text = summary.read_text()

@@ -6,9 +6,11 @@ a scan's arity stands in other parameters.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,11 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 
 from partition import symbols
+from partition.errors import libraries
 from partition.graph import OPAQUE, Graph, Loop, Op, Role, Span, Tensor, Value, itemsize, reads, uncollected, writes
+
+PASSED = (contextlib.__file__, functools.__file__)
+"""Files whose lines stand between a user's and a library's."""
 
 _CALLEES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -228,12 +234,15 @@ def symbolic(tree: Any) -> list[Any]:
 
 
 def source(eqn: Any, caller: Any = None) -> str:
-    """Where the user wrote an equation: "file:line (function)"; of one inside a library's call, where the user wrote that call."""
+    """Where the user wrote an equation: "file:line (function)", and through which line of a library; of one inside a library's call, where the user wrote that call."""
     found = str(source_info_util.summarize(eqn.source_info))
     while not found and caller is not None:
         eqn, caller = caller
         found = str(source_info_util.summarize(eqn.source_info))
-    return found
+    library = next((folder for folder in libraries() if found.startswith(folder)), None)
+    frames = getattr(eqn.source_info.traceback, "frames", ()) if library is not None else ()
+    own = next((f for f in frames if f.file_name not in PASSED and not f.file_name.startswith(libraries())), None)
+    return found if own is None or library is None else f"{own.file_name}:{own.line_num} ({own.function_name}) through {found.removeprefix(os.path.dirname(library) + os.sep)}"
 
 
 def slice_aval(aval: Any, span: Span) -> Any:

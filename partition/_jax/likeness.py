@@ -8,11 +8,14 @@ from jax.extend import core as jex
 
 from partition._jax import body_of
 
+Way = tuple[Any, ...]
+"""Equations on the way to one inside loops and calls, the innermost last."""
 
-def unlike(want: Any, got: Any) -> tuple[tuple[Any, ...], str] | None:
-    """(the equations of `want` on the way to the first that differs, the innermost last, and how it differs); None where the two are alike.
 
-    An empty way means that inputs, outputs or the number of equations differ.
+def unlike(want: Any, got: Any) -> tuple[Way, Way, str] | None:
+    """(the way of `want` to the first equation that differs, the same of `got`, and how it differs); None where the two are alike.
+
+    Empty ways mean that inputs, outputs or the number of equations differ.
     """
     one, other = body_of(want), body_of(got)
     names: tuple[dict[Any, int], dict[Any, int]] = ({}, {})
@@ -23,32 +26,32 @@ def unlike(want: Any, got: Any) -> tuple[tuple[Any, ...], str] | None:
         return names[side].setdefault(atom, len(names[side]))
 
     if len(one.invars) != len(other.invars) or len(one.constvars) != len(other.constvars):
-        return (), "its inputs are others"
+        return (), (), "its inputs are others"
     for v, w in zip((*one.constvars, *one.invars), (*other.constvars, *other.invars), strict=True):
         if number(0, v) != number(1, w) or str(v.aval) != str(w.aval):
-            return (), "its inputs are others"
+            return (), (), "its inputs are others"
     for a, b in zip(one.eqns, other.eqns, strict=False):
         if a.primitive.name != b.primitive.name:
-            return (a,), f"is a {b.primitive.name}"
+            return (a,), (b,), f"is a {b.primitive.name}"
         if [number(0, x) for x in a.invars] != [number(1, x) for x in b.invars]:
-            return (a,), "reads other values"
+            return (a,), (b,), "reads other values"
         if [str(x.aval) for x in (*a.invars, *a.outvars)] != [str(x.aval) for x in (*b.invars, *b.outvars)]:
-            return (a,), "has other shapes or types"
+            return (a,), (b,), "has other shapes or types"
         for x, y in zip(a.outvars, b.outvars, strict=True):
             number(0, x), number(1, y)
         if (inner := _params(a, b)) is not None:
-            return (a, *inner[0]), inner[1]
+            return (a, *inner[0]), (b, *inner[1]), inner[2]
     if len(one.eqns) != len(other.eqns):
-        return (), f"it has {len(other.eqns)} equations for {len(one.eqns)}"
+        return (), (), f"it has {len(other.eqns)} equations for {len(one.eqns)}"
     if [number(0, x) for x in one.outvars] != [number(1, x) for x in other.outvars]:
-        return (), "its outputs are others"
+        return (), (), "its outputs are others"
     return None
 
 
-def _params(a: Any, b: Any) -> tuple[tuple[Any, ...], str] | None:
+def _params(a: Any, b: Any) -> tuple[Way, Way, str] | None:
     """How the parameters of two equations of one primitive differ."""
     if a.params.keys() != b.params.keys():
-        return (), "has other parameters"
+        return (), (), "has other parameters"
     for key, x in a.params.items():
         y = b.params[key]
         if x is y:
@@ -58,5 +61,5 @@ def _params(a: Any, b: Any) -> tuple[tuple[Any, ...], str] | None:
             if (found := unlike(j, k)) is not None:
                 return found
         if not pairs and str(x) != str(y):
-            return (), f"has {key} = {str(y)[:60]}, not {str(x)[:60]}"
+            return (), (), f"has {key} = {str(y)[:60]}, not {str(x)[:60]}"
     return None

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from partition import units
+from partition.arguments import checked
 from partition.fidelity.measurements import measurements, published
 from partition.fidelity.subjects import band, subject
 from partition.hardware import Kind
@@ -68,6 +69,7 @@ class Summary:
     score: float
 
 
+@checked
 def validate(folder: str | Path | None = None, progress: Callable[[str], None] | None = None) -> tuple[Point, ...]:
     """Predict every point of the measurements. Raises ProfileError, NameUnknownError."""
     found = []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.errors import ProfileError
 from partition.fidelity.measurements import measurements, published
 from partition.fidelity.subjects import Seconds, subject
@@ -53,6 +54,7 @@ class _Case:
     names: Mapping[int, str]  # free number -> its name in this point's cluster
 
 
+@checked
 def fit(folder: str | Path | None = None, progress: Callable[[str], None] | None = None) -> tuple[Fit, ...]:
     """Fit every family of points that states free numbers. Raises ProfileError for a free number that the subject does not have."""
     families: dict[str, tuple[dict[str, int], list[_Case], list[float]]] = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from partition.arguments import checked
 from partition.costs import Contraction, cost
 from partition.errors import ProfileError, WorkError
 from partition.graph import itemsize
@@ -47,6 +48,7 @@ class Operators:
     left_out: int
 
 
+@checked
 def operators(folder: str | Path, device: Device, progress: Callable[[str], None] | None = None) -> tuple[Operators, ...]:
     """Predict every row of the tables in a folder. Raises ProfileError where there are none, or where pyarrow is not installed."""
     files = sorted(p for p in Path(folder).rglob("*.parquet") if _operator(p) is not None)

@@ -1,0 +1,112 @@
+"""Two programs that were written separately: the candidate's op where they part is named, and what only one of them computes on the way is not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen
+
+import partition as pt
+from partition.errors import EquivalenceError
+
+KEYS = jax.random.split(jax.random.key(0), 5)
+W = {n: jax.random.normal(k, shape) for n, k, shape in zip("abcd", KEYS, ((6, 8), (6, 8), (8, 5), (6, 6)), strict=False)}
+X = jax.random.normal(KEYS[4], (3, 6))
+TABLE = jnp.arange(8.0)
+
+
+def gated(w: Any, x: Any) -> Any:
+    h = jnp.tanh(x @ w["a"]) * jax.nn.sigmoid(x @ w["b"])
+    return jax.nn.softmax(h @ w["c"])
+
+
+def by_two(w: Any, x: Any) -> Any:
+    """The same as two devices compute it."""
+    (a, e), (b, f), (c, d) = (jnp.split(w[n], 2, axis=i) for n, i in (("a", 1), ("b", 1), ("c", 0)))
+    one, other = jnp.tanh(x @ a) * jax.nn.sigmoid(x @ b), jnp.tanh(x @ e) * jax.nn.sigmoid(x @ f)
+    return jax.nn.softmax(one @ c + other @ d)
+
+
+def stale(w: Any, x: Any) -> Any:
+    (a, e), (b, _), (c, d) = (jnp.split(w[n], 2, axis=i) for n, i in (("a", 1), ("b", 1), ("c", 0)))
+    one = jnp.tanh(x @ a) * jax.nn.sigmoid(x @ b)
+    other = jnp.tanh(x @ e) * jax.nn.sigmoid(x @ b)  # here
+    return jax.nn.softmax(one @ c + other @ d)
+
+
+def rounded(w: Any, x: Any) -> Any:
+    gate = x @ w["b"]
+    gate = gate.astype(jnp.bfloat16).astype(jnp.float32)  # here
+    return jax.nn.softmax((jnp.tanh(x @ w["a"]) * jax.nn.sigmoid(gate)) @ w["c"])
+
+
+def shifted(w: Any, x: Any) -> Any:
+    h = jnp.tanh(x @ w["a"])
+    h = h * jax.nn.sigmoid(jnp.roll(x, 1, axis=0) @ w["b"])  # here
+    return jax.nn.softmax(h @ w["c"])
+
+
+def added(w: Any, x: Any) -> Any:
+    return x @ w["a"] + TABLE
+
+
+def added_other(w: Any, x: Any) -> Any:
+    return x @ w["a"] + (TABLE + 1e-3)  # here
+
+
+def looped(w: Any, x: Any) -> Any:
+    return jax.lax.fori_loop(0, 5, lambda i, h: jnp.tanh(h @ w["d"]) + h * 0.5, x)
+
+
+def looped_other(w: Any, x: Any) -> Any:
+    def body(i: Any, h: Any) -> Any:
+        h = jnp.tanh(h @ w["d"]) + h * 0.51  # here
+        return h
+
+    return jax.lax.fori_loop(0, 5, body, x)
+
+
+def commuted(w: Any, x: Any) -> Any:
+    h = jax.nn.sigmoid(x @ w["b"]) * jnp.tanh(x @ w["a"])  # another order, the same numbers
+    return jax.nn.softmax((h + 1e-3) @ w["c"])  # here
+
+
+def line_of(fn: Callable[..., Any]) -> str:
+    lines, first = inspect.getsourcelines(fn)
+    return f"test_counterparts.py:{first + next(i for i, line in enumerate(lines) if line.rstrip().endswith('# here'))}"
+
+
+@pytest.mark.parametrize(("reference", "candidate"), [(gated, stale), (gated, rounded), (gated, shifted), (added, added_other), (looped, looped_other), (gated, commuted)], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_candidates_own_line_is_named(reference: Any, candidate: Any, jit: bool) -> None:
+    other = jax.jit(candidate) if jit else candidate
+    with pytest.raises(EquivalenceError) as error:
+        pt.check(reference, other, (W, X))
+    assert line_of(candidate) in error.value.where, error.value
+    assert error.value.verdict.culprit in str(error.value.verdict) and "of reference and candidate" in str(error.value.verdict)  # type: ignore[attr-defined]
+
+
+def test_a_candidate_that_computes_in_parts_is_equal() -> None:
+    verdict = pt.check(gated, by_two, (W, X))
+    assert verdict.equal and "is the candidate right?" in str(verdict) and "stage" not in str(verdict)
+
+
+class Net(linen.Module):
+    scale: float = 1.0
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        x = linen.Dense(8)(x) * self.scale
+        return linen.LayerNorm()(linen.Dense(4)(x))  # here
+
+
+def test_inside_a_library_the_users_line_comes_first() -> None:
+    weights = Net().init(jax.random.key(0), X)
+    program = pt.trace(Net().apply, weights, X)
+    said = {program.source(op) for op in program.graph.ops if op.primitive == "rsqrt"}
+    assert len(said) == 1 and f"{line_of(Net)} (Net.__call__) through flax/linen/normalization.py:" in said.pop()
