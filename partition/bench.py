@@ -33,9 +33,11 @@ class Result:
     gap: float | None = None
     proof: str = ""
     why_not: str = ""
+    where: str = ""
+    mend: str = ""
 
 
-Tried = tuple[float, Placement | str]
+Tried = tuple[float, Placement | PartitionError]
 """Seconds that a policy took, and what it placed or why it did not."""
 
 
@@ -62,8 +64,8 @@ def compare(
     for title, problem in named.items():
         bound, mine = lower_bound(problem), list[Result]()
         for name, (took, found) in by_problem[title]:
-            if isinstance(found, str):
-                mine.append(Result(problem=title, policy=name, seconds=took, estimate=None, why_not=found))
+            if isinstance(found, PartitionError):
+                mine.append(Result(problem=title, policy=name, seconds=took, estimate=None, why_not=found.what, where=found.where, mend=found.mend))
                 continue
             placement = dataclasses.replace(found, problem=problem)
             estimate, bound = evaluate(problem, placement), bound.stronger(placement)
@@ -83,7 +85,7 @@ def _tried(problem: Problem, how: Policy, seconds: float | None) -> Tried:
     try:
         placement = place(problem, how, seconds=seconds)
     except PartitionError as error:
-        return time.perf_counter() - start, error.what
+        return time.perf_counter() - start, error
     return time.perf_counter() - start, dataclasses.replace(placement, problem=None)
 
 

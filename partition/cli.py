@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -31,9 +31,9 @@ PolicyName = Annotated[str, typer.Option("--policy", help="a policy's name, or m
 Objective = Annotated[str, typer.Option("--objective", "--minimise", help="ttft, tpot, e2e, throughput, usd (per million tokens) or joules (per token)")]
 Limits = Annotated[Optional[list[str]], typer.Option("--limit", help="what an objective may be at most, throughput at least: ttft=0.5 (s), usd=8 ($ per million tokens), crossings=4 (values from mesh to mesh); may be given again")]  # noqa: UP045
 Keep = Annotated[Optional[list[str]], typer.Option("--keep", help="what stays whole: layers, phases (each on one mesh), weights (on one mesh only), order (a run of the nodes for each mesh); may be given again")]  # noqa: UP045
-Prompt = Annotated[int, typer.Option("--prompt", help="prompt length [tokens]", min=1)]
-NewTokens = Annotated[int, typer.Option("--new-tokens", help="tokens to write", min=2)]
-Batch = Annotated[int, typer.Option("--batch", help="sequences that run together", min=1)]
+Prompt = Annotated[Optional[int], typer.Option("--prompt", help="prompt length [tokens]; 2048 unless told (check: 16); of module:callable, its parameter of this name", min=1)]  # noqa: UP045
+NewTokens = Annotated[Optional[int], typer.Option("--new-tokens", help="tokens to write; 256 unless told (check: 8)", min=2)]  # noqa: UP045
+Batch = Annotated[Optional[int], typer.Option("--batch", help="sequences that run together; 1 unless told", min=1)]  # noqa: UP045
 Trips = Annotated[Optional[int], typer.Option("--trips", help="how often a loop runs whose structure does not tell", min=0)]  # noqa: UP045
 Sets = Annotated[Optional[list[str]], typer.Option("--set", help="another number for the cluster, such as efa_v3.beta='200 GB/s', cs3.price='20 $/h', trn2.count=8")]  # noqa: UP045
 Sharding = Annotated[str, typer.Option("--sharding", help="inside a mesh: search for the fastest, or tensor (parallel over all devices)")]
@@ -54,7 +54,18 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(what)
 
 
-def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int, new_tokens: int, batch: int, trips: int | None,
+USUAL = {"batch": 1, "prompt": 2048, "new_tokens": 256}
+"""The sizes of a request, unless told."""
+
+
+def sizes_of(model: str, usual: Mapping[str, int] = USUAL, **said: int | None) -> dict[str, int]:
+    """The sizes that a model is made with. Raises PartitionError for one that the command line says and the model does not take."""
+    from partition.pipeline import sized
+
+    return sized(model, {name: n for name, n in said.items() if n is not None}, usual)
+
+
+def make_plan(model: str, cluster: str, policy: str, objective: str, sizes: Mapping[str, int], trips: int | None,
               seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search", costs: Path | None = None, limits: dict[str, float] | None = None,
               keep: Sequence[str] | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
     """Plan one request of a model by name; gives the plan and the arguments."""
@@ -69,11 +80,10 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, prompt: int
         say(f"build {model}")
         host_devices(DEFAULT_HOST_DEVICES)  # before a model of the user's starts JAX
         if seed is not None and ":" not in model:
-            _hold_to_host(model, model_bytes(request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)[1]))
-        fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens, seed=seed)
-        title = model if ":" in model else f"{model}, batch {batch}, prompt {prompt} + {new_tokens} tokens"
+            _hold_to_host(model, model_bytes(request(model, **sizes)[1]))
+        fn, args = request(model, **sizes, seed=seed)
+        title = ", ".join([model, *(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())]) if ":" in model else f"{model}, batch {sizes['batch']}, prompt {sizes['prompt']} + {sizes['new_tokens']} tokens"
         made = plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, keep=keep or (), costs=None if costs is None else measured.read(costs))
-        sizes = {} if ":" in model else {"prompt": prompt, "new_tokens": new_tokens, "batch": batch}
         return dataclasses.replace(made, request={"model": model, **sizes, "trips": trips, "sharding": sharding}), args
 
 
@@ -140,7 +150,7 @@ def _hold_to_host(model: str, nbytes: float) -> None:
 @app.command("plan")
 def plan_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "portfolio", objective: Objective = "e2e",
-    prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
+    prompt: Prompt = None, new_tokens: NewTokens = None, batch: Batch = None, trips: Trips = None, as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option("--out", help="folder for plan.json, report.html, trace.json and graphs for Model Explorer")] = None,  # noqa: UP045
     dump: Annotated[Optional[Path], typer.Option("--dump", help="folder for numbered files of every intermediate value")] = None,  # noqa: UP045
     drawn_in: Annotated[Optional[Path], typer.Option("--figures", help="folder for figures at column width, as SVG, PNG and CSV")] = None,  # noqa: UP045
@@ -154,7 +164,7 @@ def plan_command(
 
     writable(out, dump, drawn_in)
     most = limited(limits, ttft=ttft, tpot=tpot)
-    made, _ = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, dump=dump, sets=sets, sharding=sharding, costs=costs, limits=most, keep=keep)
+    made, _ = make_plan(model, cluster, policy, objective, sizes_of(model, prompt=prompt, new_tokens=new_tokens, batch=batch), trips, dump=dump, sets=sets, sharding=sharding, costs=costs, limits=most, keep=keep)
     swings = None
     if sensitive:
         from partition.pipeline import policy as find_policy
@@ -180,7 +190,7 @@ def plan_command(
 @app.command("check")
 def check_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "phase_split", objective: Objective = "e2e",
-    prompt: Prompt = 16, new_tokens: NewTokens = 8, batch: Batch = 1, seed: Annotated[int, typer.Option("--seed", help="of the random weights", min=0)] = 0,
+    prompt: Prompt = None, new_tokens: NewTokens = None, batch: Batch = None, seed: Annotated[int, typer.Option("--seed", help="of the random weights", min=0)] = 0,
     trips: Trips = None, as_json: AsJson = False, default_options: Annotated[bool, typer.Option("--default-options", help="compile with XLA's defaults instead of the strict ones")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json-file", help="write the verdict as JSON")] = None,  # noqa: UP045
     junit: Annotated[Optional[Path], typer.Option("--junit", help="write the verdict as JUnit XML")] = None,  # noqa: UP045
@@ -207,7 +217,8 @@ def check_command(
         if file is not None and file.is_dir():
             raise PartitionError("that is a folder", where=str(file), mend="name a file in it")
     writable(*(file.parent for file in (json_file, junit) if file is not None))
-    made, args = make_plan(model, cluster, policy, objective, prompt, new_tokens, batch, trips, seed=None if shrink else seed, sets=sets, sharding=sharding)
+    sizes = sizes_of(model, USUAL | {"prompt": 16, "new_tokens": 8}, prompt=prompt, new_tokens=new_tokens, batch=batch)
+    made, args = make_plan(model, cluster, policy, objective, sizes, trips, seed=None if shrink else seed, sets=sets, sharding=sharding)
     with progress() as say:
         unlike: tuple[str, ...] = ()
         if shrink:

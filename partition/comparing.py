@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -30,6 +30,7 @@ from partition.cli import (
     limited,
     progress,
     replaced,
+    sizes_of,
 )
 from partition.errors import ExitCode, NameUnknownError
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 Jobs = Annotated[int, typer.Option("--jobs", help="processes that run at once, -1 for one a core; then policies slow each other down")]
 
 
-def _posed(model: str, cluster: str, objective: str, prompt: int, new_tokens: int, batch: int, say: Callable[[str], None], *, sets: Sequence[str] | None, **options: Any) -> Problem:
+def _posed(model: str, cluster: str, objective: str, sizes: Mapping[str, int], say: Callable[[str], None], *, sets: Sequence[str] | None, **options: Any) -> Problem:
     """The problem of one request of a model."""
     from partition.phases import tag
     from partition.pipeline import request
@@ -50,7 +51,7 @@ def _posed(model: str, cluster: str, objective: str, prompt: int, new_tokens: in
 
     machines = replaced(find_cluster(cluster), sets)
     say(f"trace {model}")
-    fn, args = request(model, batch=batch, prompt=prompt, new_tokens=new_tokens)
+    fn, args = request(model, **sizes)
     program = trace(fn, *args)
     say("pose")
     return pose(tag(program), machines, objective=SHORT.get(objective, objective), **options)
@@ -59,8 +60,8 @@ def _posed(model: str, cluster: str, objective: str, prompt: int, new_tokens: in
 @app.command("compare")
 def compare_command(
     model: Model, cluster: ClusterName = "trn2_efa_cs3",
-    policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all built-in ones by default")] = None,  # noqa: UP045
-    objective: Objective = "e2e", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, as_json: AsJson = False,
+    policy: Annotated[Optional[list[str]], typer.Option("--policy", help="a policy (may be given again); all for all built-in ones, which is the default")] = None,  # noqa: UP045
+    objective: Objective = "e2e", prompt: Prompt = None, new_tokens: NewTokens = None, batch: Batch = None, trips: Trips = None, as_json: AsJson = False,
     limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None,
     bands: Annotated[bool, typer.Option("--bands", help="how sure is the order, with every number of the cluster drawn within its band?")] = False,
     draws: Annotated[int, typer.Option("--draws", help="how many times numbers are drawn", min=1)] = 1000,
@@ -74,14 +75,15 @@ def compare_command(
     from partition.tables import table
     from partition.units import dollars, seconds
 
-    names = policy or sorted(POLICIES)
+    names = [name for said in policy or ["all"] for name in (sorted(POLICIES) if said == "all" else [said])]
     _ = [find_policy(n) for n in names]
     with progress() as say:
-        problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
+        sizes = sizes_of(model, prompt=prompt, new_tokens=new_tokens, batch=batch)
+        problem = _posed(model, cluster, objective, sizes, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
         results = compare({model: problem}, names, seconds=seconds_each, jobs=jobs, progress=say)
         order = rank(problem, {r.policy: r.placement for r in results if r.placement is not None}, draws=draws, progress=say) if bands else None
     if as_json:
-        print(as_rows([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "proof": r.proof, "why_not": r.why_not,
+        print(as_rows([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "proof": r.proof, "why_not": r.why_not, "where": r.where, "mend": r.mend,
                            "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")}}
                           for r in results], problem.cluster))  # fmt: skip
         return
@@ -94,7 +96,7 @@ def compare_command(
     print(table(f"{model} on {cluster}, objective {objective}", ("policy", "placed in", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "gap at most"), lines))
     for r in results:
         if r.estimate is None:
-            print(f"{r.policy}: {r.why_not}")
+            print(f"{r.policy}: {r.why_not}", *([f"\n  where: {r.where}\n  mend:  {r.mend}"] if r.where else []), sep="")
     if order is not None:
         print(order)
     if all(r.estimate is None for r in results):
@@ -152,7 +154,7 @@ def bench_command(
 @app.command("front")
 def front_command(
     model: Model, objectives: Annotated[Optional[list[str]], typer.Option("--objective", help="two or three of them (given again each)")] = None,  # noqa: UP045
-    cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "portfolio", prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None,
+    cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "portfolio", prompt: Prompt = None, new_tokens: NewTokens = None, batch: Batch = None, trips: Trips = None,
     points: Annotated[int, typer.Option("--points", help="limits that are tried on each further objective", min=1)] = 6,
     limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -164,7 +166,8 @@ def front_command(
     wanted = [SHORT.get(o, o) for o in objectives or ["usd", "tpot"]]
     find_policy(policy)
     with progress() as say:
-        problem = _posed(model, cluster, wanted[0], prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
+        sizes = sizes_of(model, prompt=prompt, new_tokens=new_tokens, batch=batch)
+        problem = _posed(model, cluster, wanted[0], sizes, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
         found = front(problem, wanted, policy=policy, points=points, progress=say)
     names = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
     if as_json:
@@ -176,8 +179,8 @@ def front_command(
 
 @app.command("explain")
 def explain_command(
-    model: Annotated[str, typer.Argument(help="a model's name, module:callable, or a plan.json")], cluster: ClusterName = "trn2_efa_4cs3", objective: Objective = "usd_per_mtok",
-    prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, trips: Trips = None, limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None,
+    model: Annotated[str, typer.Argument(help="a model's name, module:callable, or a plan.json or its folder")], cluster: ClusterName = "trn2_efa_4cs3", objective: Objective = "usd_per_mtok",
+    prompt: Prompt = None, new_tokens: NewTokens = None, batch: Batch = None, trips: Trips = None, limits: Limits = None, keep: Keep = None, sharding: Sharding = "search", sets: Sets = None,
     load: Annotated[float, typer.Option("--load", help="requests/s, of whole batches, that the machines are to serve")] = 1.0,
     busiest: Annotated[float, typer.Option("--busiest", help="share of the time that a machine may be busy")] = 0.8,
     gpus: Annotated[Optional[list[str]], typer.Option("--gpus", help="further clusters to hold against it; h100_only and h100_disagg unless told, none for none")] = None,  # noqa: UP045
@@ -192,12 +195,13 @@ def explain_command(
     from partition.units import dollars, seconds
 
     with progress() as say:
-        if model.endswith(".json"):
+        if model.endswith(".json") or (Path(model) / "plan.json").exists():
             plan = Plan.load(model)
             problem, others, title = plan.problem, [], plan.title
         else:
             rivals = [find_cluster(name) for name in gpus or ("h100_only", "h100_disagg") if name != "none"]
-            problem = _posed(model, cluster, objective, prompt, new_tokens, batch, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
+            sizes = sizes_of(model, prompt=prompt, new_tokens=new_tokens, batch=batch)
+            problem = _posed(model, cluster, objective, sizes, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
             assert problem.phases is not None
             others, title = [pose(problem.phases, rival, objective=problem.objective, trips=trips) for rival in rivals], f"{model} on {cluster}"
         say("place the alternatives")
@@ -222,14 +226,15 @@ def explain_command(
 @app.command("claims")
 def claims_command(
     model: Model = "llama-3.1-70b", cluster: ClusterName = "trn2_efa_4cs3", gpus: Annotated[str, typer.Option("--gpus", help="a cluster of GPUs")] = "h100_only",
-    prompt: Prompt = 2048, new_tokens: NewTokens = 256, batch: Batch = 1, as_json: AsJson = False,
+    prompt: Prompt = None, new_tokens: NewTokens = None, batch: Batch = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """The sentences of the announcement, held against the model one by one."""
     from partition.claims import claims_text, examine
     from partition.pipeline import request
 
+    sizes = sizes_of(model, prompt=prompt, new_tokens=new_tokens, batch=batch)
     with progress() as say:
-        found = examine(lambda: request(model, batch=batch, prompt=prompt, new_tokens=new_tokens), split=cluster, gpus=gpus, progress=say)
+        found = examine(lambda: request(model, **sizes), split=cluster, gpus=gpus, progress=say)
     print(as_rows([dataclasses.asdict(c) for c in found]) if as_json else claims_text(found))
 
 

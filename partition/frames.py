@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def frame(result: Any) -> pandas.DataFrame:
-    """A table of a result: of a Plan its stages, of a Verdict its outputs and boundaries, of an iterable of results a row each, of a JSON file (a path) its rows.
+    """A table of a result: of a Plan its stages, of a Verdict its outputs and boundaries, of an iterable of results a row each, of a JSON file (a path) its rows, of a plan's folder its stages.
 
     `.attrs["made"]` says what made it. Raises OutputError where pandas is not installed, or for what has no rows.
     """
@@ -29,9 +29,10 @@ def frame(result: Any) -> pandas.DataFrame:
     origin: Any = made()
     if isinstance(result, str | Path):
         try:
-            found, origin = _read(json.loads(Path(result).read_text()))
+            file = Path(result) / "plan.json" if Path(result).is_dir() else Path(result)
+            found, origin = _read(json.loads(file.read_text()))
         except Exception as error:
-            raise OutputError(f"there are no rows in it: {told(error)}", where=str(result), mend="name what a verb of `partition` wrote with --json, or a plan.json") from None
+            raise OutputError(f"there are no rows in it: {told(error)}", where=str(result), mend="name what a verb of `partition` wrote with --json, or a plan.json or its folder") from None
     elif isinstance(result, Plan):
         found, origin = [dataclasses.asdict(r) for r in rows(result)], made(result.problem.cluster)
     elif hasattr(result, "boundaries"):

@@ -143,7 +143,7 @@ reaches 240 and float8_e4m3fn 448."""
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
     """In which formats a device computes (see `precision.FORMATS`). multiply: what operands of contractions are rounded to; accumulate: how their
-    products are summed; result: what every result is rounded to. "program": the type that the program says.
+    products are summed; result: what results are kept in that the program keeps in 16 bits or fewer. "program": the type that the program says.
 
     float8: the format that this device has for 8 bits. kind and source: how this is known.
     """

@@ -23,8 +23,9 @@ from partition.problem import Problem
 
 @checked
 def read(path: str | Path) -> Problem:
-    """A problem from a file of our own (or a plan.json), a JSON file of the msr-fiddle/dnn-partitioning repository, or a .lp model of Helix. Raises InstanceError with file and entry."""
+    """A problem from a file of our own (or a plan.json, or its folder), a JSON file of the msr-fiddle/dnn-partitioning repository, or a .lp model of Helix. Raises InstanceError with file and entry."""
     path = Path(path)
+    path = path / "plan.json" if path.is_dir() else path
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
@@ -227,17 +228,38 @@ def model(name: str) -> Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]
     return made if ":" in name else functools.partial(made, name)
 
 
+def sized(name: str, said: Mapping[str, int], usual: Mapping[str, int]) -> dict[str, int]:
+    """The sizes that a model is made with: those said, and the usual ones; of module:callable, those that it has parameters for.
+
+    Raises PartitionError for a size that was said and that a callable does not take.
+    """
+    if ":" not in name:
+        return {**usual, **said}
+    takes = _parameters(model(name))
+    if wrong := [size for size in said if size not in takes]:
+        raise PartitionError(f"{name} takes no {wrong[0]}", where=f"its parameters: {', '.join(takes) or 'none'}", mend=f"give it a parameter {wrong[0]!r}, or leave that out")
+    return {size: n for size, n in {**usual, **said}.items() if size in takes and (size in said or takes[size].default is inspect.Parameter.empty)}
+
+
+def _parameters(made: Any) -> dict[str, inspect.Parameter]:
+    """The named parameters of a callable; none where they cannot be told."""
+    try:
+        return {n: p for n, p in inspect.signature(made).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    except (TypeError, ValueError):
+        return {}
+
+
 def request(name: str, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A model's function and arguments, by name with options, or from a module:callable that takes none.
+    """A model's function and arguments, by name with options, or from a module:callable, which is given those that it has parameters for.
 
     Raises NameUnknownError; PartitionError where the model refuses or gives something else.
     """
     made = model(name)
-    mend = "module:callable names a function without arguments that gives (fn, args): a callable, and the tuple of its arguments"
+    mend = "module:callable names a function that gives (fn, args): a callable, and the tuple of its arguments; it may take batch, prompt, new_tokens and seed"
     if not callable(made):
         raise PartitionError(f"model {name!r} is {type(made).__name__}, which cannot be called", where=name, mend=mend)
     try:
-        given = made() if ":" in name else made(**options)
+        given = made(**{k: v for k, v in options.items() if ":" not in name or (k in _parameters(made) and v is not None)})
     except PartitionError:
         raise
     except (Exception, SystemExit) as error:

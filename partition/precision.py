@@ -1,7 +1,8 @@
 """What the target's arithmetic would do to a model: stages computed in the formats of the devices that they are planned for.
 
-Every equation is computed in float32 and its result rounded to the device's format; operands of contractions are rounded to what the device
-multiplies, and products summed as it sums them. What crosses may be cast to a narrower format on the wire. Order inside a sum is not emulated.
+Every equation is computed in float32. Operands of contractions are rounded to what the device multiplies, products are summed as it sums them, and results that the
+program keeps in 16 bits or fewer are kept in the device's format. What the program computes in float32 stays so: the devices have it, and the square in a norm needs it.
+What crosses may be cast to a narrower format on the wire. Order inside a sum is not emulated.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ class Emulated:
 
     def _settled(self, x: Any, aval: Any) -> Any:
         """A result as the device keeps it."""
-        if self.precision.result != "program":
-            return rounded(x, self.precision.result)
-        return x.astype(aval.dtype).astype(jnp.float32) if aval.dtype.itemsize < 4 else x
+        if aval.dtype.itemsize >= 4:
+            return x
+        return x.astype(aval.dtype).astype(jnp.float32) if self.precision.result == "program" else rounded(x, self.precision.result)
 
 
 def _summed(params: Mapping[str, Any], given: Sequence[Any], form: str) -> Any:

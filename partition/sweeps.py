@@ -84,10 +84,11 @@ def _cells(model: str | Callable[..., Any], size: dict[str, int], cells: Sequenc
            limits: Mapping[str, float] | None) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of the cells of one size."""
     from partition.phases import tag
-    from partition.pipeline import request
+    from partition.pipeline import request, sized
     from partition.program import trace
 
-    whole = {"batch": 1, "prompt": 2048, "new_tokens": 256} | size
+    usual = {"batch": 1, "prompt": 2048, "new_tokens": 256}
+    whole = sized(model, size, usual) if isinstance(model, str) else usual | size
     fn, args = request(model, **whole) if isinstance(model, str) else model(**whole)
     base = pose(tag(trace(fn, *args)), machines, objective=objective, limits=limits)
     rows = []

@@ -63,7 +63,7 @@ def test_contractions_multiply_and_sum_as_told() -> None:
     jaxpr = jax.make_jaxpr(lambda a, b: a @ b)(a, b)
     half_a, half_b = a.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32)
     got = targeted(jaxpr, made(multiply="float16", result="float16"))(a, b)[0]
-    assert np.array_equal(np.asarray(got), (half_a @ half_b).astype(np.float16).astype(np.float32)) and got.dtype == jnp.float32
+    assert np.allclose(np.asarray(got), half_a @ half_b, rtol=1e-5, atol=1e-6) and not np.allclose(np.asarray(got), a @ b, rtol=1e-5, atol=1e-6) and got.dtype == jnp.float32  # the program keeps it in float32, so does the device
     total = np.zeros((3, 2), np.float16)
     for start in range(0, 70, 32):  # sums of 32 products, each added in float16
         total = (total + (half_a[:, start : start + 32] @ half_b[start : start + 32]).astype(np.float16)).astype(np.float16)
@@ -76,6 +76,17 @@ def test_bfloat16_with_sums_in_float32_and_one_cast() -> None:
     a, b = rng.standard_normal((4, 64)).astype(ml_dtypes.bfloat16), rng.standard_normal((64, 3)).astype(ml_dtypes.bfloat16)
     got = targeted(jax.make_jaxpr(lambda a, b: a @ b)(a, b), made())(a, b)[0]
     assert got.dtype == jnp.bfloat16 and np.array_equal(np.asarray(got), (a.astype(np.float32) @ b.astype(np.float32)).astype(ml_dtypes.bfloat16))
+
+
+def test_results_of_16_bits_are_kept_in_the_devices_format_and_float32_stays() -> None:
+    x = np.array([300.0, 1.0], np.float32).astype(ml_dtypes.bfloat16)  # 300^2 = 90,000, beyond float16's 65,504
+    narrow = jax.make_jaxpr(lambda x: x * x - jnp.bfloat16(1.0))(x)
+    assert np.isinf(np.asarray(targeted(narrow, made(result="float16"))(x)[0], np.float32))[0] and np.isfinite(np.asarray(targeted(narrow, made())(x)[0], np.float32)).all()
+    wide = jax.make_jaxpr(lambda x: jnp.sqrt(jnp.square(x.astype(jnp.float32)).mean()))(x)
+    assert np.isclose(targeted(wide, made(result="float16"))(x)[0], np.sqrt(45000.5))
+    fine = np.array([1 / 3], np.float32)  # 1/3 with 11 bits of float16, not with the 8 of bfloat16
+    jaxpr = jax.make_jaxpr(lambda x: (x.astype(jnp.bfloat16)).astype(jnp.float32))(fine)
+    assert np.asarray(targeted(jaxpr, made(result="float16"))(fine)[0]) == fine.astype(np.float16).astype(np.float32)
 
 
 def staged() -> tuple[Any, Any]:
