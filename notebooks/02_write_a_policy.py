@@ -78,7 +78,7 @@ print(f"end to end {pt.evaluate(problem, mine).e2e * 1e3:.1f} ms")
 # %% [markdown]
 # ## The leaderboard
 #
-# `compare` runs policies on problems side by side. `gap` is the share by which a placement may be worse than the best there is: the bound is proved, whoever
+# `compare` runs policies on problems side by side. `gap` is the share of a policy's own score by which something better may exist, (score - bound) / score: the bound is proved, whoever
 # found the placement. Four questions about the same model: fastest to the end, cheapest, most tokens per second, and the shortest prompt.
 
 # %%
@@ -109,12 +109,12 @@ for axis, title in zip(axes, problems):
     rows = board[board["problem"] == title].set_index("policy").reindex(names)
     gap = 100 * rows["gap"].to_numpy(float)
     known = np.nanmin(gap)
-    axis.barh(names, np.minimum(gap, 400), color=["#e08a1e" if n == "one_cut" else "#3b6fb6" for n in names], height=0.62)
+    axis.barh(names, gap, color=["#e08a1e" if n == "one_cut" else "#3b6fb6" for n in names], height=0.62)
     axis.barh(names, np.full(len(names), known), color="#c3cad2", height=0.62)
     for i, g in enumerate(gap):
-        axis.text(min(g, 400) if np.isfinite(g) else 0, i, f" {g:.1f} %" if np.isfinite(g) else " does not fit", va="center", fontsize=8)
+        axis.text(g if np.isfinite(g) else 0, i, f" {g:.1f} %" if np.isfinite(g) else " does not fit", va="center", fontsize=8)
     axis.set_title(title, fontsize=10)
-    axis.set_xlim(0, max(12, min(np.nanmax(gap), 400) * 1.55))
+    axis.set_xlim(0, max(12, np.nanmax(gap) * 1.55))
     axis.set_xlabel("gap at most [%]")
     axis.spines[["top", "right"]].set_visible(False)
 axes[0].invert_yaxis()

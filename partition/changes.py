@@ -7,9 +7,10 @@ same, the second plan's numbers are also tried on the first plan's placement, wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from partition.arguments import checked
 from partition.errors import PartitionError, PlacementError
@@ -18,7 +19,10 @@ from partition.overrides import quantities
 from partition.pipeline import Plan, plan, request
 from partition.problem import Placement
 from partition.tables import table
-from partition.units import dollars, seconds
+from partition.units import outcome, shown
+
+if TYPE_CHECKING:
+    from partition.program import Program
 
 OUTCOMES = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
 MOST = 12
@@ -27,13 +31,20 @@ MOST = 12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """An input that is another. alone: outcomes of the first plan made again with this input alone changed; empty where that cannot be, which `why_not` says."""
+    """An input that is another. dimension: of a number of the cluster, see `units.UNITS`. alone: outcomes of the first plan made again with this input alone changed; empty where that cannot be, which `why_not` says."""
 
     what: str
     before: Any
     after: Any
+    dimension: str = ""
     alone: Mapping[str, float] = dataclasses.field(default_factory=dict)
     why_not: str = ""
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """Before and after, as people read them."""
+        one, other = (shown(v, self.dimension) if self.dimension and isinstance(v, float) else str(v) for v in (self.before, self.after))
+        return one, other
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,20 +68,16 @@ class Changes:
         if not self.inputs and self.before == self.after and not self.moved:
             return "the plans are the same"
         told = {c.what for c in self.causes}
-        rows = [(c.what, str(c.before), str(c.after), _told(self.objective, c.alone[self.objective]), _share(c.alone[self.objective], self.before[self.objective])) for c in self.causes]
+        rows = [(c.what, *c.sides, outcome(c.alone[self.objective], self.objective), _share(c.alone[self.objective], self.before[self.objective])) for c in self.causes]
         if rows:
             parts.append(table("Inputs that differ, each alone", ("input", "first", "second", self.objective, "effect"), rows))
-        if rest := [(c.what, str(c.before), str(c.after), c.why_not) for c in self.inputs if c.what not in told]:
+        if rest := [(c.what, *c.sides, c.why_not) for c in self.inputs if c.what not in told]:
             parts.append(table("Other inputs" if rows else "Inputs that differ", ("input", "first", "second", ""), rest))
         kept = self.kept or {}
-        parts.append(table("Outcomes", ("", "first", "its placement, second numbers", "second", "change"), [(k, _told(k, self.before[k]), _told(k, kept[k]) if kept else "-", _told(k, self.after[k]), _share(self.after[k], self.before[k])) for k in OUTCOMES]))
+        parts.append(table("Outcomes", ("", "first", "its placement, second numbers", "second", "change"), [(k, outcome(self.before[k], k), outcome(kept[k], k) if kept else "-", outcome(self.after[k], k), _share(self.after[k], self.before[k])) for k in OUTCOMES]))
         if self.moved:
             parts.append(table("Nodes that moved", ("phase", "from", "to", "nodes"), [(*k, str(n)) for k, n in sorted(self.moved.items())]))
         return "\n\n".join(parts)
-
-
-def _told(name: str, value: float) -> str:
-    return {"throughput": f"{value:,.0f} tokens/s", "usd_per_mtok": dollars(value), "joules_per_token": f"{value:.3g} J"}.get(name) or seconds(value)
 
 
 def _share(after: float, before: float) -> str:
@@ -101,12 +108,13 @@ def diff(a: Plan, b: Plan, *, again: bool = True, progress: Callable[[str], None
     say = progress or (lambda _: None)
     one, other = inputs(a), inputs(b)
     names = [k for k in {**one, **other} if one.get(k) != other.get(k)]
-    found = [Change(what=k, before=one.get(k, "-"), after=other.get(k, "-")) for k in names]
-    numbers = {name for p in (a, b) if p.problem.cluster is not None for name, _, _ in quantities(p.problem.cluster)}
+    numbers = {name: dimension for p in (a, b) if p.problem.cluster is not None for name, dimension, _ in quantities(p.problem.cluster)}
+    found = [Change(what=k, before=one.get(k, "-"), after=other.get(k, "-"), dimension=numbers.get(k, "")) for k in names]
     if len(several := [c for c in found if c.what in numbers]) > MOST:
         found = [c for c in found if c.what not in numbers] + [Change(what="numbers of the cluster", before=f"{len(several)} of them", after="")]
     if again and a.request and b.request:
-        found = [_tried(a, b, c, numbers, say) for c in found]
+        traced = functools.cache(lambda model, sizes: _traced(model, dict(sizes)))
+        found = [_tried(a, b, c, numbers, traced, say) for c in found]
     same = a.problem.names == b.problem.names and len(a.problem.meshes) == len(b.problem.meshes)
     moved = Counter((str(a.problem.phase[n]), _at(a, n), _at(b, n)) for n in range(len(a.problem)) if a.placement.of(n) != b.placement.of(n)) if same else Counter()
     kept = None
@@ -123,8 +131,15 @@ def _at(made: Plan, n: int) -> str:
     return " + ".join(made.problem.meshes[m] for m in made.placement.of(n))
 
 
-def _tried(a: Plan, b: Plan, change: Change, numbers: set[str], say: Callable[[str], None]) -> Change:
-    """The change with what it does to the first plan alone."""
+def _traced(model: str, sizes: Mapping[str, int]) -> Program:
+    from partition.program import trace
+
+    fn, args = request(model, **sizes)
+    return trace(fn, *args)
+
+
+def _tried(a: Plan, b: Plan, change: Change, numbers: Collection[str], traced: Callable[[str, tuple[tuple[str, int], ...]], Program], say: Callable[[str], None]) -> Change:
+    """The change with what it does to the first plan alone. traced: (model, sizes) -> its program."""
     if change.what.startswith("version of"):
         return change
     asked, cluster, other = dict(a.request), a.problem.cluster, b.problem.cluster
@@ -146,9 +161,9 @@ def _tried(a: Plan, b: Plan, change: Change, numbers: set[str], say: Callable[[s
             cluster = other
         else:
             cluster = cluster.replace({change.what: change.after})
-        say(f"make the first plan with {change.what} {change.after}")
-        fn, args = request(asked["model"], **{k: v for k, v in asked.items() if k in ("prompt", "new_tokens", "batch")})
-        made = plan(fn, args, cluster=cluster, policy=policy, objective=objective, limits=limits, trips=asked.get("trips"), sharding=asked.get("sharding", "search"))
+        say(f"make the first plan with {change.what} {change.sides[1]}")
+        program = traced(asked["model"], tuple((k, v) for k, v in asked.items() if k in ("prompt", "new_tokens", "batch")))
+        made = plan(program, cluster=cluster, policy=policy, objective=objective, limits=limits, trips=asked.get("trips"), sharding=asked.get("sharding", "search"))
         return dataclasses.replace(change, alone=outcomes(made.estimate))
     except PartitionError as error:
         return dataclasses.replace(change, why_not=f"alone it gives no plan: {error.what}")

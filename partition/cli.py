@@ -319,11 +319,11 @@ def _print_others(folder: Path | None, device: str | None, as_json: bool) -> Non
 @app.command("devices")
 def devices_command(as_json: AsJson = False, schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema of profiles, for editors")] = False) -> None:
     """List the devices and clusters that are known by name, with the sources of their numbers (--json)."""
-    from partition import profiles
+    from partition import profiles, schemas
     from partition.catalogue import clusters_text, devices_json, devices_text
 
     if schema:
-        print(json.dumps(profiles.schema(), indent=1))
+        print(json.dumps(schemas.schema(), indent=1))
         return
     devices = [profiles.device(n) for n in profiles.names("device")]
     clusters = [profiles.cluster(n) for n in profiles.names("cluster")]

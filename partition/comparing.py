@@ -94,6 +94,7 @@ def compare_command(
             seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok), f"{100 * (r.gap or 0):.1f} %"]  # fmt: skip
         lines.append([r.policy, seconds(r.seconds), *cells])
     print(table(f"{model} on {cluster}, objective {objective}", ("policy", "placed in", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "gap at most"), lines))
+    print("gap at most: the share of a policy's own score by which something better may exist, (score - bound) / score")
     for r in results:
         if r.estimate is None:
             print(f"{r.policy}: {r.why_not}", *([f"\n  where: {r.where}\n  mend:  {r.mend}"] if r.where else []), sep="")
@@ -220,7 +221,9 @@ def explain_command(
         lines.append((a.name, *("-",) * 6, a.why_not) if e is None or f is None else (
             a.name, seconds(e.ttft), seconds(f.ttft), seconds(e.tpot), f.machines, dollars(f.usd_per_mtok), f"{dollars(e.usd_per_mtok)} .. {dollars(e.usd_reserved)}", a.binds))  # fmt: skip
     print(answer.sentence)
-    print(table(f"{title} at {answer.rate:g} requests/s", ("alternative", "TTFT alone", "under load", "TPOT", "machines", "$ per Mtok", "saturated .. idle", "binds"), lines))
+    print(table(f"{title} at {answer.rate:g} request{'s' * (answer.rate != 1)}/s", ("alternative", "TTFT alone", "under load", "TPOT", "machines", "$ per Mtok", "saturated .. idle", "binds"), lines))
+    if any(a.name == "best found" for a in answer.alternatives):
+        print(f"best found: what the solver finds for {problem.objective} of one plan, whose machines are all in use; under a load another may be cheaper")
 
 
 @app.command("claims")

@@ -56,9 +56,11 @@ def _axes(height: float) -> tuple[Any, Any]:
 
 
 def _timeline(plan: Plan) -> _Drawn:
+    from matplotlib.patches import Patch
+
     timeline, p = schedule(plan.problem, plan.placement), plan.problem
     names = list(dict.fromkeys(p.meshes[s.mesh] if s.to is None else f"{p.meshes[s.mesh]} → {p.meshes[s.to]}" for s in sorted(timeline.slots, key=lambda s: (s.to is not None, s.mesh, s.to or 0))))
-    figure, axes = _axes(0.5 + 0.16 * len(names))
+    figure, axes = _axes(0.7 + 0.16 * len(names))
     rows: list[Sequence[Any]] = []
     for s in timeline.slots:
         lane = p.meshes[s.mesh] if s.to is None else f"{p.meshes[s.mesh]} → {p.meshes[s.to]}"
@@ -68,6 +70,9 @@ def _timeline(plan: Plan) -> _Drawn:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("s since the request came (prefill, three tokens)")
+    there = dict.fromkeys(kind if kind in PHASES else "other" for _, kind, _, start, end in rows if end > start)
+    axes.legend(handles=[Patch(color=PHASES[kind], label={"handoff": "KV hand-off", "other": "other"}.get(kind, kind)) for kind in PHASES if kind in there],
+                loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, handlelength=1, columnspacing=1)  # fmt: skip
     return figure, ("lane", "kind", "block", "start [s]", "end [s]"), rows
 
 

@@ -28,7 +28,7 @@ def versions() -> Mapping[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found | {"git": revision(os.getcwd())}
+    return found | {"working_folder_git": revision(os.getcwd())}
 
 
 @functools.cache

@@ -50,6 +50,7 @@ def drawn(figure: Any, path: str | Path) -> Path:
     import matplotlib.pyplot as plt
 
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot draw: {error}", where=str(path), mend="name a .png, .svg or .pdf that you may write") from None

@@ -75,7 +75,7 @@ def _number(cluster: Cluster, name: str, said: str | float, dimension: str) -> f
     try:
         value = units.parse(said, dimension) if isinstance(said, str) else float(said)
     except (TypeError, ValueError) as error:
-        raise ProfileError(f"the value is no {dimension}: {error}", where=where, mend="write a number with its unit, or a number in SI units") from None
+        raise ProfileError(f"the value is no {dimension}: {error}", where=where, mend="write it with its unit; in Python, a number that is no text is in SI units ($/s for a price)") from None
     if math.isnan(value) or value < 0 or (value == 0 and dimension not in units.ZERO) or (dimension == "fraction" and value > 1) or (math.isinf(value) and not name.endswith(".ingest")):
         raise ProfileError(f"{value:g} is no {dimension} that a machine can have", where=where, mend="give a finite number above 0, a share at most 1")
     return value

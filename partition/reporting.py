@@ -17,7 +17,7 @@ from partition.phases import Phase
 from partition.sharding import parallelism
 from partition.tables import table
 from partition.timeline import Timeline, schedule
-from partition.units import dollars, flops, rate, seconds, size
+from partition.units import dollars, flops, outcome, rate, seconds, shown, size
 from partition.work import Work
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def html(plan: Plan, swings: Sequence[Swing] = ()) -> str:
     timeline = schedule(p, plan.placement)
     return template.render(
         swings=swings[:12], pictures=_pictures(plan, timeline), formulas=drawings.formulas(plan), colours=drawings.COLOURS, plan=plan, e=e, p=p, headline=headline(plan), answer=answer, reason=reason, rows=rows(plan), bars=_bars(timeline),
-        sources=sources, seconds=seconds, size=size, flops=flops, dollars=dollars, rate=rate, Phase=Phase, zip=zip,
+        sources=sources, seconds=seconds, size=size, flops=flops, dollars=dollars, rate=rate, shown=shown, outcome=outcome, wafers=sorted({m.name for i, m in enumerate(p.cluster.meshes) if m.device.region is not None and e.busy[i] > 0}) if p.cluster is not None else [], Phase=Phase, zip=zip,
         links=links(plan),
     )  # fmt: skip
 
@@ -288,8 +288,8 @@ def html(plan: Plan, swings: Sequence[Swing] = ()) -> str:
 def notebook(plan: Plan) -> str:
     """A plan as a notebook shows it: its numbers, and its stages."""
     e = plan.estimate
-    shown = (("TTFT", seconds(e.ttft)), ("TPOT", seconds(e.tpot)), ("end to end", seconds(e.e2e)), ("tokens/s", f"{e.throughput:,.0f}"), ("$ per Mtok", dollars(e.usd_per_mtok)), ("at most from the best", f"{100 * plan.gap:.1f} %"))
-    head = "".join(f"<td style='text-align:left'><small>{escape(k)}</small><br><b>{escape(v)}</b></td>" for k, v in shown)
+    numbers = (("TTFT", seconds(e.ttft)), ("TPOT", seconds(e.tpot)), ("end to end", seconds(e.e2e)), ("tokens/s", f"{e.throughput:,.0f}"), ("$ per Mtok", dollars(e.usd_per_mtok)), ("at most from the best", f"{100 * plan.gap:.1f} %"))
+    head = "".join(f"<td style='text-align:left'><small>{escape(k)}</small><br><b>{escape(v)}</b></td>" for k, v in numbers)
     body = "".join(f"<tr><td style='text-align:left'>{escape(r.stage)}</td><td>{escape(r.mesh)}</td><td>{flops(r.flops)}</td><td>{size(r.bytes)}</td><td>{seconds(r.seconds)}{f' × {r.times}' if r.times > 1 else ''}</td><td>{escape(r.bound_by)}</td></tr>" for r in rows(plan)[:20])
     columns = "".join(f"<th>{c}</th>" for c in ("stage", "mesh", "flops", "bytes", "time", "bound by"))
     return f"<p><b>{escape(plan.title)}</b> on {escape(plan.cluster)} by {escape(plan.policy)}</p><table><tr>{head}</tr></table><table><tr>{columns}</tr>{body}</table>"

@@ -19,6 +19,7 @@ from partition.overrides import banded
 from partition.pipeline import place
 from partition.problem import Placement, Problem, on
 from partition.tables import table
+from partition.units import outcome, shown
 
 if TYPE_CHECKING:
     from partition.pipeline import Plan
@@ -34,6 +35,7 @@ class Swing:
 
     name: str
     kind: Kind
+    dimension: str
     low: float
     high: float
     kept: tuple[float, float]
@@ -61,7 +63,7 @@ def sensitivity(plan: Plan, policy: str | Policy | None = None, progress: Callab
     def score(posed: Problem, placement: Placement) -> float:
         return evaluate(posed, dataclasses.replace(placement, problem=posed)).score(problem.objective)
 
-    for name, _, q in banded(cluster):
+    for name, dimension, q in banded(cluster):
         if progress is not None:
             progress(f"vary {name}")
         kept, moved, decides = [], list[float | None](), False
@@ -75,14 +77,15 @@ def sensitivity(plan: Plan, policy: str | Policy | None = None, progress: Callab
                 continue
             moved.append(score(posed, placement))
             decides |= not np.array_equal(placement.mesh, plan.placement.mesh)
-        found.append(Swing(name=name, kind=q.kind, low=float(q.at(End.LOW)), high=float(q.at(End.HIGH)), kept=(kept[0], kept[1]), moved=(moved[0], moved[1]), decides=decides))
+        found.append(Swing(name=name, kind=q.kind, dimension=dimension, low=float(q.at(End.LOW)), high=float(q.at(End.HIGH)), kept=(kept[0], kept[1]), moved=(moved[0], moved[1]), decides=decides))
     return tuple(sorted(found, key=lambda s: (not s.decides, -s.width, s.name)))
 
 
 def sensitivity_text(plan: Plan, swings: tuple[Swing, ...], most: int = 12) -> str:
     """The swings as a table, and what the outcome rests on in a line."""
-    lines = [(s.name, str(s.kind), f"{s.low:.4g} .. {s.high:.4g}", f"{s.kept[0]:.4g} .. {s.kept[1]:.4g}", f"{100 * s.width:.1f} %", "yes" if s.decides else "no") for s in swings[:most]]
+    objective = plan.problem.objective
+    lines = [(s.name, str(s.kind), f"{shown(s.low, s.dimension)} .. {shown(s.high, s.dimension)}", " .. ".join(outcome(abs(x), objective) for x in s.kept), f"{100 * s.width:.1f} %", "yes" if s.decides else "no") for s in swings[:most]]
     deciding = [f"{s.name} ({s.kind})" for s in swings if s.decides]
     rests = f"The placement changes within the band of {', '.join(deciding)}." if deciding else "No number changes the placement within its band."
-    title = f"What {plan.problem.objective} rests on" + (f" (the first {most} of {len(swings)})" if len(swings) > most else "")
-    return table(title, ("number", "kind", "band, SI units", plan.problem.objective, "swing", "changes the placement"), lines) + f"\n{rests}"
+    title = f"What {objective} rests on" + (f" (the first {most} of {len(swings)})" if len(swings) > most else "")
+    return table(title, ("number", "kind", "band", objective, "swing", "changes the placement"), lines) + f"\n{rests}"

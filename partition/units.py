@@ -31,6 +31,12 @@ ZERO = ("price per byte", "price", "time", "cycles")
 _QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(.*?)\s*")
 
 
+def pattern(dimension: str) -> str:
+    """The regular expression of a quantity of a dimension, as JSON Schema has it."""
+    known = "|".join(unit.replace("$", r"\$") for unit in sorted(UNITS[dimension], reverse=True))
+    return rf"^\s*[0-9][0-9_]*(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*({known})\s*$"
+
+
 def parse(text: str, dimension: str) -> float:
     """Read a quantity such as "96 GiB" of a dimension in UNITS; returns SI.
 
@@ -74,6 +80,40 @@ def rate(value: float) -> str:
 def flops(value: float) -> str:
     """Write a count of floating-point operations: 2.9e14 -> '290 TFLOP'."""
     return "0" if value == 0 else _scaled(value, [(1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP")])
+
+
+def shown(value: float, dimension: str) -> str:
+    """Write a number of a dimension in UNITS: 3.3e9 of "bandwidth" -> '3.3 GB/s'."""
+    match dimension:
+        case "time":
+            return seconds(value)
+        case "bytes":
+            return size(value)
+        case "bandwidth":
+            return rate(value)
+        case "compute":
+            return f"{flops(value)}/s"
+        case "price":
+            return f"{dollars(value * 3600)}/h"
+        case "price per byte":
+            return f"{dollars(value * 1e9)}/GB"
+        case "power":
+            return f"{value:,.4g} W"
+        case "frequency":
+            return f"{value / 1e9:.4g} GHz"
+    return f"{value:.4g}"
+
+
+def outcome(value: float, objective: str) -> str:
+    """Write what a plan gives in one of the objectives: 0.71 of "e2e" -> '710 ms'."""
+    match objective:
+        case "throughput":
+            return f"{value:,.0f} tokens/s"
+        case "usd_per_mtok":
+            return dollars(value)
+        case "joules_per_token":
+            return f"{value:.3g} J"
+    return seconds(value)
 
 
 def dollars(value: float) -> str:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "partition"
 FLOORS = {
     "errors": 0, "arguments": 1, "symbols": 0, "units": 0, "tables": 0, "parallel": 1, "outputs": 1, "shipped": 0,
     "hardware": 1, "overrides": 2, "graph": 1, "workload": 1,
-    "profiles": 2, "_jax": 2,  "work": 2, "collectives": 2, "catalogue": 3, "loops": 2,
+    "schemas": 2, "profiles": 3, "_jax": 2,  "work": 2, "collectives": 2, "catalogue": 4, "loops": 2,
     "joint": 3, "passes": 3, "rules": 3, "sharding": 3,
     "anatomy": 4, "phases": 4, "program": 4, "costs": 4, "coarsen": 5, "origin": 3, "measured": 5, "pricing": 6, "flow": 6, "keeping": 6, "shrinking": 6,
     "problem": 7, "chain": 8, "flood": 8, "plain": 8, "records": 8, "instances": 9, "suites": 9, "soundness": 9, "evaluation": 9, "fleet": 10, "ideals": 9, "paths": 9, "cuts": 9, "batch": 10, "bounds": 10, "limits": 10, "moves": 10, "timeline": 10, "drawings": 11,

@@ -24,4 +24,4 @@ def test_a_hash_changes_with_a_number_of_its_profile_alone() -> None:
     cluster = pt.cluster("trn2_efa_cs3")
     before, after = hashes(cluster), hashes(cluster.replace({"cs3.price": "1 $/h"}))
     assert before.keys() == after.keys() and [k for k in before if before[k] != after[k]] == ["cs3"]
-    assert made(cluster, seed=3)["seed"] == 3 and made()["versions"]["git"]
+    assert made(cluster, seed=3)["seed"] == 3 and made()["versions"]["working_folder_git"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import device_profiles
-from partition import profiles
+from partition import profiles, schemas
 from partition.errors import NameUnknownError, ProfileError
 from partition.hardware import Cluster, Device, Kind, Link, Quantity
 
@@ -163,7 +163,7 @@ FAULTS = [  # (what stands there, what is planted, where it must be found, the f
     (f'"1 TB/s", {Q}', '"1 TB/s", kind = "rumour", source = "x"', "bandwidth =", "device.memory.bandwidth", "none of published, derived"),
     ('"50 %"', '"150 %"', "[device.compute_efficiency]", "device.compute_efficiency", "above 0 and at most at 1"),
     ('"500 W"', '"0 W"', "[device.power]", "device.power", "of zero"),
-    ('title = "Mine"', 'title = "Mine"\ncolour = "red"', "colour", "device.colour", "not permitted"),
+    ('title = "Mine"', 'title = "Mine"\ncolour = "red"', "colour", "device.colour", "nothing is called"),
     ('"80 %"\n', '"80 %"\ncolour = "red"\n', "[device.memory_efficiency]", "device.memory_efficiency", "unknown key 'colour'"),
     ('"10 GB"', '"1e999 GB"', "capacity = {", "device.memory.capacity", "a finite number"),
     (f'"90 %", {Q}', '"90 %", kind = "published", source = " "', "usable =", "device.memory.usable", "no source; write"),
@@ -177,7 +177,7 @@ FAULTS = [  # (what stands there, what is planted, where it must be found, the f
     ('"90 %"', '"90 %", low = "80 %", high = "110 %"', "usable =", "device.memory.usable", "at most 1"),
     (f'"1 TFLOP/s", {Q}', f'"1 TFLOP/s", sparse = true, {Q}', "float32 =", "device.peak.float32", "with sparsity is no dense one"),
     (f'"1 TFLOP/s", {Q}', '"1 TFLOP/s", kind = "published", source = "with 2:4 sparsity"', "float32 =", "device.peak.float32", "not of a dense figure"),
-    ("[device.power]", "[device.powre]", "[device.powre]", "device.powre", "not permitted"),
+    ("[device.power]", "[device.powre]", "[device.powre]", "device.powre", "nothing is called"),
 ]  # fmt: skip
 
 
@@ -289,10 +289,11 @@ def test_the_schema_is_current_and_says_what_the_reader_says() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     file = Path(__file__).parents[1] / "device_profiles" / "profile.schema.json"
     schema = json.loads(file.read_text())
-    assert schema == json.loads(json.dumps(profiles.schema())), "make it again: partition devices --schema > device_profiles/profile.schema.json"
+    assert schema == json.loads(json.dumps(schemas.schema())), "make it again: partition devices --schema > device_profiles/profile.schema.json"
     checker = jsonschema.Draft202012Validator(schema)
     for path in sorted(file.parent.glob("*.toml")):
         checker.validate(json.loads(json.dumps(tomllib.loads(path.read_text()))))
     good = tomllib.loads((file.parent / "cs3.toml").read_text())
-    for change in ({"colour": "blue"}, {"name": ""}, {"price": 3}, {"price": {"value": "3 $/h", "kind": "published"}}, {"price": {"value": "3 $/h", "kind": "guess", "source": "x"}}):
+    for change in ({"colour": "blue"}, {"name": ""}, {"price": 3}, {"price": {"value": "3 $/h", "kind": "published"}}, {"price": {"value": "3 $/h", "kind": "guess", "source": "x"}},
+                   {"price": {"value": "3", "kind": "assumed", "source": "x"}}, {"price": {"value": 3, "kind": "assumed", "source": "x"}}, {"price": {"value": "3 W", "kind": "assumed", "source": "x"}}, {"peak": {}}):  # fmt: skip
         assert not checker.is_valid({"device": good["device"] | change}), change
