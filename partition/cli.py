@@ -1,4 +1,4 @@
-"""The command line: demo, plan, check, validate, devices, policies, and the verbs of `comparing` and `exporting`. Everything it does is one call in Python.
+"""Plan how a model is partitioned across unlike accelerators, and prove the result on CPU. Everything that is done here is one call in Python.
 
 Exit codes: 0 done or equal, 1 not equal, 2 wrong use, 3 infeasible, 4 crash. No verb imports JAX that does not need it.
 """

@@ -56,7 +56,8 @@ class Difference:
 
     def __str__(self) -> str:
         if self.bitwise:
-            return f"{self.name} {self.dtype}{list(self.shape)}: equal bit for bit"
+            own = f", both with an rms error against float64 of {self.oracle[0]:.3g}" if self.oracle is not None else ""
+            return f"{self.name} {self.dtype}{list(self.shape)}: equal bit for bit{own}"
         what = f"{self.wrong} of {int(np.prod(self.shape))} elements differ, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP"
         bad = f", {self.invalid} NaN or infinite on one side only" if self.invalid else ""
         first = f", first at {list(self.first)}" if self.first is not None and "float" not in self.dtype else ""

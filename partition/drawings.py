@@ -54,7 +54,7 @@ def memory(timeline: Timeline) -> dict[str, list[tuple[float, float]]]:
 
 
 def roofline(plan: Plan) -> tuple[list[Point], dict[str, tuple[float, float]]]:
-    """(blocks with arithmetic and bytes, machine -> (flops/s, bytes/s) of all devices of one of its meshes at bfloat16, or at its best). Empty for a loaded plan, which has no work."""
+    """(blocks with arithmetic and bytes, machine -> (flops/s, bytes/s) of all devices of one of its meshes at bfloat16, or at its best). Empty where a problem does not say its work."""
     p, points, roofs = plan.problem, list[Point](), dict[str, tuple[float, float]]()
     for n in range(len(p)) if p.works else ():
         m, w = int(plan.placement.mesh[n]), p.works[n]

@@ -73,6 +73,7 @@ class Verdict:
         lines += [f"  {c}" for c in self.tokens]
         worst = sorted((d for d in self.boundaries if not d.bitwise), key=lambda d: (d.equal, -d.relative))
         lines += [f"  boundary {d}" for d in worst[:5]] + ([f"  ... and {len(worst) - 5} more boundaries that are not bit for bit"] if len(worst) > 5 else [])
+        lines += [f"  against float64, the worst boundary: {max(held, key=lambda d: d.oracle or (0, 0))}"] if (held := [d for d in self.boundaries if d.oracle is not None]) else []
         lines += [f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}"] if cut else []
         return "\n".join([*lines, *(f"  not shown: {n}" for n in self.not_shown)])
 

@@ -26,13 +26,13 @@ from partition.tables import table
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Effect:
     """What one arithmetic does to the outputs. agree: share of integer outputs (tokens) that stay; first: index of the first that does not. rms: of the floats' changes, over
-    the rms of the floats. logits: float outputs as distributions of tokens, where they are wide enough. crossed [B]: between meshes.
+    the rms of the floats, None where no output is one. logits: float outputs as distributions of tokens, where they are wide enough. crossed [B]: between meshes.
     perplexity: of a text that was given, under these logits."""
 
     name: str
     agree: float
     first: tuple[int, ...] | None
-    rms: float
+    rms: float | None
     logits: Choices | None
     crossed: int
     perplexity: float | None = None
@@ -75,7 +75,7 @@ def _phase(stages: Stages, stage: Stage) -> str:
     found = {phases.of.get(op.id, Phase.NONE) for op, _ in stage.items} - {Phase.NONE, Phase.BOTH}
     if stage.region != "top" or any(op.id == phases.loop for op, _ in stage.items):
         found.add(Phase.DECODE)
-    return " and ".join(str(p) for p in (Phase.PREFILL, Phase.DECODE) if p in found) or "the rest"
+    return ("both phases in one" if {Phase.PREFILL, Phase.DECODE} <= found else " ".join(sorted(str(p) for p in found))) or "the rest"
 
 
 def _run(stages: Stages, args: tuple[Any, ...], target: Target | None, progress: Callable[[str], None] | None, name: str) -> tuple[list[np.ndarray], int]:
@@ -99,7 +99,7 @@ def _effect(name: str, base: Sequence[np.ndarray], result: Sequence[np.ndarray],
     change, size = sum(float(np.nansum((a - b) ** 2)) for a, b in pairs), sum(float(np.nansum(a**2)) for a, _ in pairs)
     wide = [(a, b) for a, b in pairs if a.ndim >= 2 and a.shape[-1] >= 32]
     return Effect(
-        name=name, agree=sum(int((a == b).sum()) for a, b in whole) / count if count else 1.0, first=first, rms=(change / size) ** 0.5 if size > 0 else 0.0,
+        name=name, agree=sum(int((a == b).sum()) for a, b in whole) / count if count else 1.0, first=first, rms=((change / size) ** 0.5 if size > 0 else 0.0) if pairs else None,
         logits=choices("logits", *max(wide, key=lambda pair: pair[0].shape[-1])) if wide else None, crossed=crossed,
         perplexity=next((perplexity(b, text) for _, b in wide if text is not None and b.shape[:-1] == text.shape), None),
     )  # fmt: skip
@@ -107,17 +107,17 @@ def _effect(name: str, base: Sequence[np.ndarray], result: Sequence[np.ndarray],
 
 def effects_text(found: Sequence[Effect]) -> str:
     """The effects as a table."""
-    lines = [(e.name, f"{100 * e.agree:.1f} %", "-" if e.first is None else str(list(e.first)), f"{e.rms:.2g}", *(("-", "-") if e.logits is None else (f"{e.logits.kl[0]:.2g}", f"{100 * e.logits.top1:.1f} %")),
+    lines = [(e.name, f"{100 * e.agree:.1f} %", "-" if e.first is None else str(list(e.first)), "-" if e.rms is None else f"{e.rms:.2g}", *(("-", "-") if e.logits is None else (f"{e.logits.kl[0]:.2g}", f"{100 * e.logits.top1:.1f} %")),
               "-" if e.perplexity is None else f"{e.perplexity:.4f}", f"{e.crossed:,}") for e in found]  # fmt: skip
     return table("What the target's arithmetic would do", ("arithmetic", "tokens kept", "first other", "change of floats", "KL of logits", "likeliest kept", "perplexity", "B crossed"), lines)
 
 
 def summary(found: Sequence[Effect]) -> str:
     """The answer in a line: which part loses most."""
-    worst = max((e for e in found[1:] if "crosses" not in e.name), key=lambda e: (1 - e.agree, e.rms), default=None)
+    worst = max((e for e in found[1:] if "crosses" not in e.name), key=lambda e: (1 - e.agree, e.rms or 0.0), default=None)
     if worst is None:
         return "nothing is emulated"
-    if worst.agree == 1.0 and worst.rms == 0.0:
-        return "nothing: every output stays as it is"
-    return f"{worst.name}: {100 * worst.agree:.1f} % of tokens stay, floats change by {worst.rms:.2g} of their size"
+    if worst.agree == 1.0 and not worst.rms:
+        return "nothing: every output stays as it is" + (" (tokens alone: give the program its logits as an output to see how near others are)" if worst.rms is None else "")
+    return f"{worst.name}: {100 * worst.agree:.1f} % of tokens stay" + (f", floats change by {worst.rms:.2g} of their size" if worst.rms is not None else "")
 

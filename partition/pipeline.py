@@ -35,6 +35,7 @@ from partition.policies import POLICIES, Policy
 from partition.problem import Placement, Problem
 from partition.shipped import OURS, shipped
 from partition.soundness import hold_sound
+from partition.work import Work
 
 if TYPE_CHECKING:
     from partition.program import Program
@@ -351,7 +352,7 @@ def to_json(made: Plan) -> dict[str, Any]:
         "links": [{"src": p.meshes[a], "dst": p.meshes[b], "bytes": n, "seconds": e.link_busy[a, b]} for (a, b), n in sorted(e.link_bytes.items())],
         "bound": {"score": made.bound.score, "proof": made.bound.proof}, "gap": made.gap,
         "problem": records.to_values(p),
-        "splits": sharding_text(made), "stages": [dataclasses.asdict(row) for row in rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
+        "work": [[float(w.total_flops), float(w.bytes)] for w in p.works], "splits": sharding_text(made), "stages": [dataclasses.asdict(row) for row in rows(made)], "machines": None if p.cluster is None else dataclasses.asdict(p.cluster),
     }  # fmt: skip
 
 
@@ -359,7 +360,8 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     """A plan from plain values; its estimate is computed again from the problem. Raises OutputError for another format."""
     if raw.get("format") != FORMAT:
         raise OutputError(f"plan format {raw.get('format')!r} is not {FORMAT}", where="plan.json", mend="plan again with this version")
-    problem = dataclasses.replace(records.from_values(raw["problem"]), cluster=pydantic.TypeAdapter(Cluster | None).validate_python(raw["machines"]))
+    works = tuple(Work(flops={"any": flops}, read=nbytes) for flops, nbytes in raw.get("work", ()))
+    problem = dataclasses.replace(records.from_values(raw["problem"]), cluster=pydantic.TypeAdapter(Cluster | None).validate_python(raw["machines"]), works=works)
     also = {int(k): tuple(v) for k, v in raw["placement"]["also"].items()}
     placement = verify(problem, Placement(mesh=np.array(raw["placement"]["mesh"]), also=also, problem=problem))
     return Plan(title=raw["title"], cluster=raw["cluster"], policy=raw["policy"], problem=problem, placement=placement,
