@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 FOREIGN := .venv-foreign-$(VERSION)
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-all parity foreign lint bench fuzz clean-checks notebooks run-notebooks docs
+.PHONY: demo test test-all parity foreign lint bench fuzz clean-checks notebooks run-notebooks docs wheel
 demo: $(STAMP)
 	$(BIN)/partition demo
 
@@ -63,6 +63,10 @@ docs: $(STAMP)
 
 run-notebooks: $(STAMP)
 	$(BIN)/python -m pytest tests/test_notebooks.py
+
+# the package as one file, for environments of your own: python -m pip install dist/*.whl
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
 
 lint: $(STAMP)
 	$(BIN)/ruff check partition models tests benchmarks

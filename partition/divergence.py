@@ -21,7 +21,7 @@ from partition.execution import Record
 from partition.graph import Op, writes
 from partition.program import Program
 from partition.references import References
-from partition.stages import Stage, Stages
+from partition.stages import LoopPlan, Stage, Stages, cut
 
 Differs = Callable[[Any, Any], str]
 """(reference, candidate) -> how they differ beyond the bound; empty where they do not."""
@@ -75,6 +75,34 @@ def fickle(program: Program, inputs: Sequence[Any]) -> str | None:
         return None
     eqn = _jax.body_of(jaxpr).eqns[found[0]]
     return f"{eqn.primitive.name} at {_jax.source(eqn)}" + (f", inside it {found[2]}" if found[2] else "")
+
+
+def misplanned(stages: Stages) -> str | None:
+    """The first step that is not what the placement is cut into, whatever its equations: a carry, what a stage reads, where it runs; None where all are."""
+    found: list[str] = []
+    for streamed in (False, True):
+        clean = cut(stages.program, stages.placement, streamed=streamed)
+        if len(clean.all) == len(stages.all) and len(clean.steps) == len(stages.steps):
+            if (said := next(filter(None, map(_other_step, clean.steps, stages.steps)), None)) is None:
+                return None
+            found.append(said)
+    return found[0] if found else "the steps are others than those that the placement is cut into"
+
+
+def _other_step(want: Stage | LoopPlan, got: Stage | LoopPlan) -> str:
+    """How a step differs from the one that `cut` makes; empty where it does not."""
+    if type(want) is not type(got):
+        return "a stage and a loop stand in each other's place"
+    fields = ("mesh", "inputs", "outputs", "donated") if isinstance(want, Stage) else ("trips", "carry", "xs", "results")
+    name = f"stage {want.id}" if isinstance(want, Stage) else "the token loop"
+    for field in fields:
+        one, other = getattr(want, field), getattr(got, field)
+        if one != other:
+            one, other = (next(((a, b) for a, b in zip(one, other, strict=False) if a != b), (len(one), len(other))) if isinstance(one, tuple) else (one, other))
+            return f"{name}: its {field} has {other} where the placement's has {one}" if isinstance(getattr(want, field), tuple) else f"{name}: {field} is {other} where the placement's has {one}"
+    if isinstance(want, LoopPlan) and isinstance(got, LoopPlan):
+        return next(filter(None, map(_other_step, want.body, got.body)), "") or (_other_step(want.cond, got.cond) if want.cond is not None and got.cond is not None else "")
+    return ""
 
 
 def misread(stages: Stages) -> str | None:

@@ -26,7 +26,7 @@ from partition.arguments import checked
 from partition.counterparts import parting
 from partition.dispatch import transfers
 from partition.distances import TOLERANCE, Choices, Difference, against, choices, compare, floating, judged, parts
-from partition.errors import EquivalenceError, ExecutionError, told, user_line
+from partition.errors import EquivalenceError, ExecutionError, PartitionError, told, user_line
 from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
 from partition.graph import Value
 from partition.program import trace
@@ -110,9 +110,17 @@ def check(
     program = stages.program
     if runner is not None and runner.stages is not stages:
         raise ExecutionError("the runner was prepared from other stages", where="check(..., runner=...)", mend="pass prepare(stages) of the stages that are checked")
-    runner = runner or prepare(stages, strict=strict)
     loaded = bound_inputs(program, args)
-    result, record = runner.run(loaded, keep=trips)
+    if (other := divergence.misplanned(stages)) is not None:  # such steps may hand on a buffer that is gone, which ends the process
+        raise _refused(_unrun(stages, other), "the steps are not those of the placement", where=other, mend="cut the program again: cut(program, placement)")
+    try:
+        runner = runner or prepare(stages, strict=strict)
+        result, record = runner.run(loaded, keep=trips)
+    except PartitionError:
+        raise
+    except Exception as error:
+        where = divergence.misread(stages)
+        raise _refused(_unrun(stages, where or told(error)), f"the stages cannot be run: {told(error)}", where=where or f"{len(stages.all)} stages", mend="look at the op named" if where else "report it: the steps are those of the placement") from error
     reference = uncut(program, strict=strict)(*args)
     chosen = logits(program)
     refs = References(stages, loaded, strict, trips, more=frozenset(t for t, _ in chosen))
@@ -152,6 +160,14 @@ def check(
     if not equal:
         raise _refused(verdict, "cut and uncut program differ", where=culprit or "; ".join(str(d) for d in outputs if not d.equal), mend="look at the op named: its stage, its sharding, or the value that reached it")
     return verdict
+
+
+def _unrun(stages: Stages, culprit: str) -> Verdict:
+    """The verdict on stages that were not run."""
+    return Verdict(
+        equal=False, bitwise=False, outputs=(), boundaries=(), culprit=culprit, cut="NO", not_shown=(), stages=len(stages.all), moved_bytes=0, planned_bytes=0, trips=None,
+        planned_trips=stages.problem.workload.trips, seconds=0.0, options={},
+    )  # fmt: skip
 
 
 def _refused(verdict: Verdict, what: str, *, where: str, mend: str) -> EquivalenceError:

@@ -145,7 +145,7 @@ def again(saved: Plan, *, seed: int | None = None) -> tuple[Plan, tuple[Any, ...
     from partition import phases, problem, program
 
     if not saved.request or saved.problem.cluster is None:
-        raise PlacementError("the plan does not say what made its program (it was made in Python)", where=saved.title, mend="plan a model by name on the command line, or cut the program that you have")
+        raise PlacementError("the plan does not say what made its program (it was made in Python)", where=saved.title, mend="plan a model by name on the command line, or use the plan that you have in Python: export(plan.stages, folder, *args)")
     said = dict(saved.request)
     fn, args = request(said.pop("model"), **{k: v for k, v in said.items() if k in ("prompt", "new_tokens", "batch")}, seed=seed)
     posed = problem.pose(phases.tag(program.trace(fn, *args)), saved.problem.cluster, objective=saved.problem.objective, trips=said.get("trips"), sharding=said.get("sharding", "search"))

@@ -10,7 +10,9 @@ import pytest
 
 import partition as pt
 from partition import divergence
+from models import llama
 from partition.errors import EquivalenceError
+from partition.stages import LoopPlan, Stages
 
 W = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
 TOKENS = np.array([1, 2], np.int32)
@@ -132,3 +134,31 @@ def test_a_fault_within_bounds_that_grows_is_traced_to_the_stage_that_made_it() 
     with pytest.raises(EquivalenceError) as error:
         pt.check(stages, w, x, runner=runner)
     assert error.value.where.startswith(f"stage {first.id} on "), error.value.where
+
+
+def steps_with(stages: Stages, what: str) -> Stages:
+    """Stages whose steps are not those of their placement."""
+    at = next(i for i, s in enumerate(stages.steps) if isinstance(s, LoopPlan))
+    loop = stages.steps[at]
+    assert isinstance(loop, LoopPlan)
+    carry, second = loop.carry, loop.body[1]
+    body = {"inputs": {"inputs": second.inputs[::-1]}, "donated": {"donated": tuple(range(len(second.inputs)))}, "mesh": {"mesh": loop.body[0].mesh}}
+    changes: dict[str, Any] = {
+        "trips": {"trips": loop.trips + 1}, "carry": {"carry": tuple((t, init, init if i == 2 else new) for i, (t, init, new) in enumerate(carry))},
+        "xs": {"carry": tuple((t, carry[5 - i][1] if i in (2, 3) else init, new) for i, (t, init, new) in enumerate(carry))}, "results": {"results": loop.results[:-1]},
+        "order": {"body": loop.body[::-1]}, "last": {"body": loop.body[:-1]},
+    }  # fmt: skip
+    new = dataclasses.replace(loop, **changes[what]) if what in changes else dataclasses.replace(loop, body=(loop.body[0], dataclasses.replace(second, **body[what]), *loop.body[2:]))
+    return dataclasses.replace(stages, steps=(*stages.steps[:at], new, *stages.steps[at + 1 :]))
+
+
+@pytest.mark.parametrize("what", ["trips", "carry", "xs", "results", "order", "last", "inputs", "donated", "mesh"])
+def test_steps_that_are_not_the_placements_are_named_before_they_run(what: str) -> None:
+    """A carry that is stale, one trip more, a buffer that is given away: some would give other tokens, some would end the process."""
+    fn, args = llama.generation("tiny", batch=1, prompt=12, new_tokens=6, seed=0)
+    program = pt.trace(fn, *args)
+    stages = pt.cut(program, pt.place(pt.pose(pt.tag(program), "trn2_efa_4cs3", sharding="tensor"), "equal_split"))
+    with pytest.raises(EquivalenceError, match="not those of the placement") as error:
+        pt.check(steps_with(stages, what), *args)
+    assert {"xs": "carry", "order": "mesh", "last": "steps"}.get(what, what) in error.value.where and "token loop" in error.value.where or "stage" in error.value.where or what == "last"
+    assert "NOT EQUAL" in str(error.value.verdict)
