@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import partition as pt
-from partition import divergence
 from models import llama
+from partition import divergence
 from partition.errors import EquivalenceError
 from partition.stages import LoopPlan, Stages
 
@@ -160,5 +160,5 @@ def test_steps_that_are_not_the_placements_are_named_before_they_run(what: str) 
     stages = pt.cut(program, pt.place(pt.pose(pt.tag(program), "trn2_efa_4cs3", sharding="tensor"), "equal_split"))
     with pytest.raises(EquivalenceError, match="not those of the placement") as error:
         pt.check(steps_with(stages, what), *args)
-    assert {"xs": "carry", "order": "mesh", "last": "steps"}.get(what, what) in error.value.where and "token loop" in error.value.where or "stage" in error.value.where or what == "last"
+    assert ({"xs": "carry", "order": "mesh", "last": "steps"}.get(what, what) in error.value.where and "token loop" in error.value.where) or "stage" in error.value.where or what == "last"
     assert "NOT EQUAL" in str(error.value.verdict)

@@ -175,7 +175,7 @@ def test_two_callables_of_ones_own() -> None:
 
     verdict = check(reference, lambda x: {"a": jnp.tanh(x) @ x.T * 1.0}, (x,), oracle=True)
     assert verdict.equal and verdict.outputs[0].oracle is not None and verdict.outputs[0].oracle[0] < 1e-6
-    with pytest.raises(EquivalenceError, match=r"tanh at .*test_equivalence.py.*is a sin"):
+    with pytest.raises(EquivalenceError, match=r"op 0 \(sin\) .*test_equivalence.py"):
         check(reference, lambda x: {"a": jnp.sin(x) @ x.T}, (x,))
     with pytest.raises(EquivalenceError, match="other structures"):
         check(reference, lambda x: jnp.tanh(x) @ x.T, (x,))
