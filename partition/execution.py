@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from partition import _jax
 from partition._jax.lifting import floats
-from partition._jax.rewriting import unconstrained, wide_sums
+from partition._jax.rewriting import unconstrained, whole_ffts, wide_sums
 from partition.arguments import checked
 from partition.dispatch import Arrays, Walk
 from partition.errors import ExecutionError, told
@@ -184,7 +184,7 @@ class Runner:
     def _build(self, stage: Stage, inner: Any, ins: Sequence[NamedSharding], outs: Sequence[NamedSharding]) -> Callable[..., Any]:
         shared = self.meshes[stage.mesh].size > 1
         own = unconstrained(stage.jaxpr)
-        fn = _jax.as_function(wide_sums(own) if shared else own)
+        fn = _jax.as_function(whole_ffts(wide_sums(own), NamedSharding(self.meshes[stage.mesh], PartitionSpec())) if shared else own)
         if self.target is not None and (precision := self.target.stages.get(stage.id)) is not None:
             fn = targeted(own, precision)
         jitted = jax.jit(fn, in_shardings=tuple(ins), out_shardings=list(outs), donate_argnums=stage.donated, compiler_options=self.options)

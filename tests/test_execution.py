@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import posed
 
+import partition as pt
 from partition.dispatch import transfers
 from partition.execution import prepare, uncut
 from partition.policies import POLICIES
@@ -68,3 +69,21 @@ def test_streamed_stages_end_with_layers_and_change_nothing(policy: str, options
         assert len(stages.all) == len(whole.all) + 3 and runner.unique == len(stages.all) - 1  # three layers and the head; two layers are alike
     assert sum(t.nbytes * t.times for t in transfers(stages)) == sum(t.nbytes * t.times for t in transfers(whole))
     assert np.array_equal(runner(*args), uncut(stages.program)(*args))
+
+
+FOURIER = {
+    "two dimensions": lambda w, x: jnp.real(jnp.fft.fft2(x @ w)) @ w,
+    "three dimensions": lambda w, x: jnp.real(jnp.fft.ifftn(jnp.fft.fftn((x @ w).reshape(8, 4, 4)) * jnp.fft.fftn(w.reshape(16, 4, 4)[:8]))).reshape(8, 16) @ w,
+    "a complex contraction": lambda w, x: jnp.abs(jnp.fft.fft(x @ w) @ w.astype(jnp.complex64)),
+}
+
+
+@pytest.mark.parametrize("form", FOURIER)
+@pytest.mark.parametrize("how", ["random", "single"])
+def test_fourier_transforms_of_what_is_split(form: str, how: str) -> None:
+    """XLA's transform for CPU refuses the layouts that splitting gives it: operands are brought together before."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((16, 16)).astype(np.float32), rng.standard_normal((8, 16)).astype(np.float32)
+    program = pt.trace(FOURIER[form], w, x)
+    problem = pt.pose(pt.tag(program), "h100_disagg", level="op", sharding="tensor")
+    assert pt.check(pt.cut(program, pt.place(problem, how)), w, x).equal

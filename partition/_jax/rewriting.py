@@ -56,6 +56,23 @@ def wide_sums(jaxpr: Any) -> Any:
     return _rewritten(jaxpr, change)
 
 
+def whole_ffts(jaxpr: Any, whole: Any) -> Any:
+    """The same jaxpr with every Fourier transform on a whole operand (`whole`, a sharding): XLA's form for CPU does not take the layouts that a split one can get."""
+
+    def held(value: Any, out: Any) -> Any:
+        aval = jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype)
+        (eqn,) = body_of(jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, whole))(aval)).eqns
+        return eqn.replace(invars=[value], outvars=[out])
+
+    def change(eqn: Any) -> list[Any] | None:
+        if eqn.primitive.name != "fft":
+            return None
+        given, made = jex.Var(eqn.invars[0].aval), jex.Var(eqn.outvars[0].aval)
+        return [held(eqn.invars[0], given), eqn.replace(invars=[given], outvars=[made]), held(made, eqn.outvars[0])]
+
+    return _rewritten(jaxpr, change) if _has(jaxpr, "fft") else jaxpr
+
+
 def unconstrained(jaxpr: Any) -> Any:
     """The same jaxpr without its author's sharding constraints: they name devices of a mesh of the author's."""
 

@@ -13,16 +13,19 @@ from partition.work import Work, rule
 
 def _arithmetic(dtype: str) -> str:
     """The dtype whose peak a contraction runs at: index arithmetic in wide integers keeps the lanes busy that float32 would."""
+    if dtype.startswith("complex"):
+        return "float32" if dtype == "complex64" else "float64"
     return "float32" if dtype in ("int32", "uint32", "int64", "uint64", "bool") else dtype
 
 
 def _work(flops: float, ins: Sequence[Tensor], outs: Sequence[Tensor], rows: float = 0) -> Work:
+    flops = flops * (4 if ins[0].dtype.startswith("complex") else 1)  # a product of complex numbers is four of real ones
     return Work(flops={_arithmetic(ins[0].dtype): flops}, read=sum(t.nbytes for t in ins), written=outs[0].nbytes, contractions=1, rows=rows, macs=flops / 2)
 
 
 @rule("dot_general")
 def dot_general(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
-    """2 x result size x contracted size."""
+    """2 x result size x contracted size, of complex numbers four times that."""
     ((contract, _), _) = op.params["dimension_numbers"]
     return _work(2 * outs[0].size * math.prod(ins[0].shape[d] for d in contract), ins, outs)
 
