@@ -83,11 +83,11 @@ def link(name: str, beside: Path | None = None) -> Link:
     return Link(**dict(read(_find(name, "link", beside), "link")))
 
 
-def _named_by(where: str, read: Callable[[str, Path | None], Any], name: str, beside: Path) -> Any:
+def _named_by(where: Callable[[], str], read: Callable[[str, Path | None], Any], name: str, beside: Path) -> Any:
     try:
         return read(name, beside)
     except NameUnknownError as error:
-        raise ProfileError(error.what, where=where, mend=error.mend) from None
+        raise ProfileError(error.what, where=where(), mend=error.mend) from None
 
 
 @checked
@@ -101,34 +101,35 @@ def cluster(name: str) -> Cluster:
     raw, beside = read(path, "cluster"), path.parent
     members: dict[str, list[str]] = {}
     meshes: list[Mesh] = []
-    text = path.read_text("utf-8")
+
+    def at(table: str, i: int, field: str = "") -> str:
+        return f"{path}:{line_of(path.read_text('utf-8'), ('cluster', table, i))}: cluster.{table}.{i}{field}"
+
     for i, m in enumerate(raw.meshes):
-        where = f"{path}:{line_of(text, ('cluster', 'meshes', i))}: cluster.meshes.{i}"
         if m.name in members:
-            raise ProfileError(f"two meshes are called {m.name!r}", where=where, mend="give each mesh a name of its own, or use copies = <n>")
+            raise ProfileError(f"two meshes are called {m.name!r}", where=at("meshes", i), mend="give each mesh a name of its own, or use copies = <n>")
         members[m.name] = [m.name] if m.copies == 1 else [f"{m.name}.{i}" for i in range(m.copies)]
         if m.stand_in > m.count:
-            raise ProfileError(f"{m.stand_in} host devices cannot stand for {m.count} of mesh {m.name!r}", where=f"{where}.stand_in",
+            raise ProfileError(f"{m.stand_in} host devices cannot stand for {m.count} of mesh {m.name!r}", where=at("meshes", i, ".stand_in"),
                                mend="let at most one host device stand for each device")  # fmt: skip
-        fabric = _named_by(f"{where}.fabric", link, m.fabric, beside) if m.fabric else None
-        made = _named_by(f"{where}.device", device, m.device, beside)
+        fabric = _named_by(functools.partial(at, "meshes", i, ".fabric"), link, m.fabric, beside) if m.fabric else None
+        made = _named_by(functools.partial(at, "meshes", i, ".device"), device, m.device, beside)
         if fabric is None and (m.count > 1 or made.systolic is not None):
-            raise ProfileError(f"mesh {m.name!r} joins {m.count} device{'s' if m.count > 1 else ' of several cores'} by no fabric", where=where,
+            raise ProfileError(f"mesh {m.name!r} joins {m.count} device{'s' if m.count > 1 else ' of several cores'} by no fabric", where=at("meshes", i),
                                mend="name the link inside the mesh: fabric = \"...\"")  # fmt: skip
         meshes += [Mesh(name=n, device=made, count=m.count, stand_in=m.stand_in, fabric=fabric) for n in members[m.name]]
     edges: dict[tuple[str, str], Edge] = {}
     for i, e in enumerate(raw.links):
-        at = f"{path}:{line_of(text, ('cluster', 'links', i))}: cluster.links.{i}.between"
         if unknown := [m for m in e.between if m not in members]:
-            raise ProfileError(f"a link joins {unknown[0]!r}, which is no mesh of this cluster", where=at,
+            raise ProfileError(f"a link joins {unknown[0]!r}, which is no mesh of this cluster", where=at("links", i, ".between"),
                                mend=f"use the names under [[cluster.meshes]]: {', '.join(members)}")  # fmt: skip
         if e.between[0] == e.between[1] and len(members[e.between[0]]) == 1:
-            raise ProfileError(f"a link joins {e.between[0]!r} with itself", where=at, mend="what joins the devices of one mesh is its fabric")
-        made_link = _named_by(at.replace(".between", ".link"), link, e.link, beside)
+            raise ProfileError(f"a link joins {e.between[0]!r} with itself", where=at("links", i, ".between"), mend="what joins the devices of one mesh is its fabric")
+        made_link = _named_by(functools.partial(at, "links", i, ".link"), link, e.link, beside)
         a, b = (members[m] for m in e.between)
         pairs = [(x, y) for k, x in enumerate(a) for j, y in enumerate(b) if x != y and (not e.chain or abs(k - j) == 1)]
         if twice := next((pair for pair in pairs if pair in edges), None):
-            raise ProfileError(f"two links join {twice[0]!r} and {twice[1]!r}", where=at, mend="keep one of them: a link serves both directions")
+            raise ProfileError(f"two links join {twice[0]!r} and {twice[1]!r}", where=at("links", i, ".between"), mend="keep one of them: a link serves both directions")
         for x, y in pairs:
             edges[x, y] = Edge(src=x, dst=y, link=made_link, ingest=e.ingest, gateway=e.gateway)
             edges[y, x] = Edge(src=y, dst=x, link=made_link, ingest=e.ingest, gateway=e.gateway)

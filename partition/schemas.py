@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import tomllib
 from pathlib import Path
@@ -180,12 +181,17 @@ TABLES: dict[str, Any] = {"device": Annotated[_schema(Device), AfterValidator(_o
 Table = Literal["device", "link", "cluster"]
 
 
+@functools.cache
+def _adapter(table: str) -> TypeAdapter[Any]:
+    return TypeAdapter(TABLES[table])
+
+
 def schema() -> dict[str, Any]:
     """The JSON Schema of a profile, of whichever table, so that an editor completes and checks it as it is written."""
     defs: dict[str, Any] = {}
     kinds = []
-    for table, kind in TABLES.items():
-        made = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+    for table in TABLES:
+        made = _adapter(table).json_schema(ref_template="#/$defs/{model}")
         defs |= made.pop("$defs", {})
         kinds.append({"type": "object", "title": f"a {table}", "properties": {table: made}, "required": [table], "additionalProperties": False})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "a profile of Partition: a device, a link or a cluster", "oneOf": kinds, "$defs": defs}
@@ -231,6 +237,12 @@ def read(path: Path, table: Table) -> Any:
         raise ProfileError(f"the profile cannot be read: {error.strerror}", where=str(path), mend="check the path") from None
     except UnicodeDecodeError as error:
         raise ProfileError(f"the profile is not UTF-8 text: {error.reason}", where=f"{path}, byte {error.start}", mend="save the file as UTF-8") from None
+    return _parsed(path, text, table)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(path: Path, text: str, table: Table) -> Any:
+    """A profile from its text; the clusters of a list name the same devices again and again."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -239,7 +251,7 @@ def read(path: Path, table: Table) -> Any:
         raise ProfileError(f"expected one table [{table}], found {', '.join(f'[{k}]' for k in raw) or 'none'}",
                            where=f"{path}:1", mend=f"a {table} profile holds [{table}] and nothing beside it")  # fmt: skip
     try:
-        return TypeAdapter(TABLES[table]).validate_python(raw[table])
+        return _adapter(table).validate_python(raw[table])
     except ValidationError as error:
         lines = []
         for fault in error.errors():
