@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -368,6 +369,7 @@ def demo_command(
 
 def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
+    gc.set_threshold(50_000)  # loading modules and tracing make many values that stay: to look through them ever again takes a tenth of a short verb
     import partition.comparing
     import partition.exporting  # noqa: F401  (their verbs register themselves)
 
