@@ -1,6 +1,6 @@
 """Where two programs that were written separately part: the first op of the candidate that computes what the reference does not.
 
-Both are traced and run with the results of all their ops kept. Programs of the same ops in the same order are compared op by op, and inside the loop that differs
+Both are traced and run with the results of all their ops kept. Programs of nearly the same ops in the same order are compared op by op, and inside the loop that differs
 trip by trip. Of others, a value of the candidate is looked for among all values of the reference, in any shape, and among their blocks, as one device of several
 holds them: an op is where they part if its result is not among them and nothing that is computed from it is, which leaves out partial sums and other steps that
 only the candidate makes.
@@ -8,21 +8,25 @@ only the candidate makes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from partition import _jax
-from partition._jax.likeness import unlike
+from partition._jax.likeness import unlike_params
 from partition.distances import compare, floating
-from partition.divergence import Differs, describe, results, within
+from partition.divergence import OTHERS, Differs, describe, results, within
 from partition.execution import bound_inputs
 from partition.graph import Op, Role
 from partition.program import Program
 
+ALIKE = 0.8
+"""Share of their ops in the same order from which two programs are compared op by op."""
 FEWEST = 8
 """Numbers that a value must have to be known by them."""
+NOWHERE = "the candidate computes there what the reference does not"
 
 
 class _Run:
@@ -49,41 +53,52 @@ class _Run:
 def parting(reference: Program, candidate: Program, args: tuple[Any, ...], differs: Differs) -> str | None:
     """The candidate's op where the two part, with its scope and source line; None where none is found."""
     one, other = _Run(reference, args), _Run(candidate, args)
-    if [op.primitive for op in one.ops] == [op.primitive for op in other.ops]:
-        return _in_step(one, other, differs)
+    matcher = difflib.SequenceMatcher(None, [_kind(one, op) for op in one.ops], [_kind(other, op) for op in other.ops], autojunk=False)
     known = [a for value in (*one.results.values(), *one.inputs) if floating(str((a := _jax.to_numpy(value)).dtype))]
+    if matcher.ratio() >= ALIKE:
+        return _in_step(one, other, {b + k: a + k for a, b, size in matcher.get_matching_blocks() for k in range(size)}, known, differs)
     alone = _unmade_good(other, [n for n, op in enumerate(other.ops) if _is_alone(other, op, known)])
-    return None if alone is None else f"{describe(candidate, other.ops[alone])}: the candidate computes there what the reference does not"
+    return None if alone is None else f"{describe(candidate, other.ops[alone])}: {NOWHERE}"
 
 
-def _in_step(one: _Run, other: _Run, differs: Differs) -> str | None:
-    """Where programs of the same ops part: by their values, or before by an equation that is another and gives other bits."""
-    said, n = "", len(one.ops)
-    for i, (a, b) in enumerate(zip(one.ops, other.ops, strict=True)):
-        said = next((how for t, u in zip(a.outputs, b.outputs, strict=True) if (how := differs(one.results[t], other.results[u]))), "")
-        if said:
-            n = i
-            break
-    found = unlike(one.jaxpr, other.jaxpr)
-    eqns = list(_jax.body_of(one.jaxpr).eqns)
-    if found is not None and found[0] and (k := eqns.index(found[0][0])) <= n and _other_bits(one, other, k):
-        return f"{describe(other.program, other.ops[k])}{_inside(found[1], found[0])}: the candidate's {found[2]}"
-    if n == len(one.ops):
-        return None
-    inner = within(one.eqn(n), other.eqn(n), one.environment(), None, differs)
-    return f"{describe(other.program, other.ops[n])}{inner and f', inside it {inner}'}: its result {said}"
+def _kind(run: _Run, op: Op) -> tuple[Any, ...]:
+    """What an op of the other program must be to stand for this one."""
+    tensors = run.program.graph.tensors
+    return op.primitive, tuple((tensors[t].shape, tensors[t].dtype) for t in op.outputs)
 
 
-def _inside(way: Sequence[Any], reference: Sequence[Any]) -> str:
-    """The innermost equation of a way into loops and calls, as the candidate has it."""
-    if len(way) < 2:
-        return ""
-    return f", inside it {way[-1].primitive.name} at {_jax.source(way[-1], (way[0], None))}"
+def _in_step(one: _Run, other: _Run, pairs: Mapping[int, int], known: Sequence[np.ndarray], differs: Differs) -> str | None:
+    """Where programs part of which most ops stand for each other (`pairs`: of the candidate, of the reference): at the first of those whose values differ, or at
+    an op without counterpart that it reads."""
+    for n, op in enumerate(other.ops):
+        if n not in pairs:
+            continue
+        said = next((how for t, u in zip(one.ops[pairs[n]].outputs, op.outputs, strict=True) if (how := differs(one.results[t], other.results[u]))), "")
+        if not said:
+            continue
+        if before := _unpaired(other, n, pairs):
+            at = next((k for k in before if _is_alone(other, other.ops[k], known)), before[-1])
+            return f"{describe(other.program, other.ops[at])}: {NOWHERE}"
+        want, got = one.eqn(pairs[n]), other.eqn(n)
+        inner = within(want, got, one.environment(), None, differs, theirs=True)
+        if (found := unlike_params(want, got)) is not None and (not inner or inner.startswith(OTHERS)):
+            way, how = found[1:]
+            inside = f", inside it {way[-1].primitive.name} at {_jax.source(way[-1], (got, None))}" if way else ""
+            return f"{describe(other.program, op)}{inside}: the candidate's {how}"
+        return f"{describe(other.program, op)}{inner and f', inside it {inner}'}: its result {said}"
+    return None
 
 
-def _other_bits(one: _Run, other: _Run, k: int) -> bool:
-    pairs = zip(one.ops[k].outputs, other.ops[k].outputs, strict=True)
-    return any(_jax.to_numpy(one.results[t]).tobytes() != _jax.to_numpy(other.results[u]).tobytes() for t, u in pairs)
+def _unpaired(run: _Run, n: int, pairs: Mapping[int, int]) -> list[int]:
+    """The ops without counterpart that an op reads, or that those read, in order."""
+    maker = {t: k for k, op in enumerate(run.ops) for t in op.outputs}
+    found, left = set[int](), [n]
+    while left:
+        for t in run.ops[left.pop()].inputs:
+            if (k := maker.get(t)) is not None and k not in pairs and k not in found:
+                found.add(k)
+                left.append(k)
+    return sorted(found)
 
 
 def _telling(run: _Run, op: Op) -> list[np.ndarray]:

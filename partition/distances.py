@@ -148,9 +148,10 @@ def against(difference: Difference, oracle: Any, reference: Any, candidate: Any)
     return difference if found is None else dataclasses.replace(difference, oracle=(_rms(found[1]), _rms(found[2])))
 
 
-def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any) -> Difference:
+def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any, rough: float = 0.0) -> Difference:
     """A difference beyond its bound, held against float64: it is equal all the same where the candidate errs at most OWN times as much as the reference, by rms, at most, and
-    along each index of each dimension, as where large terms cancel and little but rounding is left; and where the reference itself is at most MOST bounds off."""
+    along each index of each dimension, as where large terms cancel and little but rounding is left; and where the reference itself is at most MOST bounds off. rough: the bound of the narrowest floats that the program computes in, where that is wider than the one of what it gives: float32
+    logits of a model in bfloat16 are no better than bfloat16."""
     found = None if difference.equal or difference.invalid or not floating(difference.dtype) else _errors(oracle, reference, candidate)
     if found is None:
         return difference
@@ -163,7 +164,7 @@ def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any) 
     size = np.abs(truth[np.isfinite(truth)])
     scale = float(size[size <= FAR * np.median(size)].max(initial=0.0)) if size.size else 0.0
     beyond = other > np.maximum(OWN * noise, difference.bound * scale)
-    rounding = not beyond.any() and _rms(other) <= OWN * _rms(own) and own.max(initial=0.0) <= MOST * difference.bound * max(scale, float(size.max(initial=0.0)) / FAR)
+    rounding = not beyond.any() and _rms(other) <= OWN * _rms(own) and own.max(initial=0.0) <= MOST * max(difference.bound, rough) * max(scale, float(size.max(initial=0.0)) / FAR)
     return dataclasses.replace(difference, oracle=(_rms(own), _rms(other)), equal=rounding, rounding=rounding)
 
 

@@ -27,6 +27,7 @@ Differs = Callable[[Any, Any], str]
 """(reference, candidate) -> how they differ beyond the bound; empty where they do not."""
 
 AGREES = "every equation agrees on its own: the divergence comes from how the stage was compiled or sharded"
+OTHERS = "there are other equations than the program's"
 FAITHFUL = 64.0
 """Roundings, as a share of scale, by which a stage may differ from its own equations on one device."""
 
@@ -159,16 +160,16 @@ def recomputed(stages: Stages, record: Record, refs: References, tensor: int) ->
     return {trip: np.asarray(fn(*_read(stages, stage, record, refs, trip))[made.index((tensor, None))]) for trip in trips}
 
 
-def _first_equation(clean: Any, given: Any, inputs: Sequence[Any], options: Any, differs: Differs) -> tuple[int, str, str] | None:
+def _first_equation(clean: Any, given: Any, inputs: Sequence[Any], options: Any, differs: Differs, theirs: bool = False) -> tuple[int, str, str] | None:
     """(number of the first equation that differs, how, what differs inside it) of two jaxprs on the same inputs."""
     want, owners = results(clean, inputs, options)
     got, others = results(given, inputs, options)
     if owners != others:
-        return -1, f"the stage has other equations than the program ({len(others)} results for {len(owners)})", ""
+        return -1, f"{OTHERS} ({len(others)} results for {len(owners)})", ""
     for number, a, b in zip(owners, want, got, strict=True):
         if how := differs(a, b):
             env = _jax.environment(clean, inputs, want)
-            return number, how, within(_jax.body_of(clean).eqns[number], _jax.body_of(given).eqns[number], env, options, differs)
+            return number, how, within(_jax.body_of(clean).eqns[number], _jax.body_of(given).eqns[number], env, options, differs, theirs)
     return None
 
 
@@ -177,16 +178,16 @@ def results(jaxpr: Any, inputs: Sequence[Any], options: Any) -> tuple[list[Any],
     return jax.jit(_jax.as_function(exposed), compiler_options=options)(*inputs), owners
 
 
-def within(want: Any, got: Any, env: Any, options: Any, differs: Differs) -> str:
-    """What differs inside a loop or a call, trip by trip; empty where the equation is neither, or nothing inside differs by itself."""
+def within(want: Any, got: Any, env: Any, options: Any, differs: Differs, theirs: bool = False) -> str:
+    """What differs inside a loop or a call, trip by trip; empty where the equation is neither, or nothing inside differs by itself. theirs: say the line of `got`."""
     for clean, given, inputs in _jax.inside(want, got, env):
-        found = _first_equation(clean, given, inputs, options, differs)
+        found = _first_equation(clean, given, inputs, options, differs, theirs)
         if found is not None:
             number, how, inner = found
             if number < 0:
                 return how
-            eqn = _jax.body_of(clean).eqns[number]
-            return inner or f"{eqn.primitive.name} at {_jax.source(eqn, (want, None))}, whose result {how}"
+            eqn, outer = (_jax.body_of(given).eqns[number], got) if theirs else (_jax.body_of(clean).eqns[number], want)
+            return inner or f"{eqn.primitive.name} at {_jax.source(eqn, (outer, None))}, whose result {how}"
     return ""
 
 

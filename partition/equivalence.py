@@ -29,7 +29,7 @@ from partition.distances import TOLERANCE, Choices, Difference, against, choices
 from partition.errors import EquivalenceError, ExecutionError, PartitionError, told, user_line
 from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
 from partition.graph import Value
-from partition.program import trace
+from partition.program import Program, trace
 from partition.references import References, logits
 from partition.stages import Stage, Stages
 
@@ -131,8 +131,8 @@ def check(
     truth = functools.cache(lambda: References(stages, loaded, strict, trips, wide=True))
     if culprit is None and tolerance is None and not all(d.equal for d in (*outputs, *boundaries)):
         ours, theirs = (jax.tree_util.tree_leaves(x) for x in (reference, result))
-        outputs = _judged(outputs, [(t, None) for t in program.graph.outputs], [-1] * len(outputs), ours, theirs, truth)
-        boundaries = _judged(boundaries, [k.value for k in kept], [k.trip for k in kept], [k.reference for k in kept], [k.array for k in kept], truth)
+        outputs = _judged(outputs, [(t, None) for t in program.graph.outputs], [-1] * len(outputs), ours, theirs, truth, _roughest(program))
+        boundaries = _judged(boundaries, [k.value for k in kept], [k.trip for k in kept], [k.reference for k in kept], [k.array for k in kept], truth, _roughest(program))
     if culprit is None and not all(d.equal for d in boundaries):
         culprit = divergence.culprit(stages, record, refs, lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d))
     equal = all(d.equal for d in outputs) and culprit is None
@@ -199,7 +199,10 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
         truth = _wide(reference, args) or [None] * len(outputs)
         rows = (jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got))
         outputs = _against(outputs, truth, *rows) if oracle else outputs
-        outputs = tuple(d if t is None else judged(d, t, a, b) for d, t, a, b in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
+        rough = 0.0
+        with contextlib.suppress(Exception):  # what JAX cannot trace has no float64 either
+            rough = _roughest(trace(reference, *args))
+        outputs = tuple(d if t is None else judged(d, t, a, b, rough) for d, t, a, b in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
     equal = all(d.equal for d in outputs)
     if not equal:
         with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
@@ -223,6 +226,8 @@ def _called(name: str, fn: Callable[..., Any], args: Any) -> Any:
     try:
         return fn(*args)
     except Exception as error:
+        with contextlib.suppress(Exception):  # some only run traced, such as those that index NumPy weights by traced tokens
+            return jax.jit(fn)(*args)
         raise ExecutionError(f"the {name} raised {told(error)}", where=user_line(error), mend="make it run by itself first") from error
 
 
@@ -270,7 +275,12 @@ def _against(differences: Sequence[Difference], truth: Sequence[Any], reference:
     return tuple(d if t is None else against(d, t, a, b) for d, t, a, b in rows)
 
 
-def _judged(differences: Sequence[Difference], values: Sequence[Value], trips: Sequence[int], reference: Sequence[Any], candidate: Sequence[Any], truth: Callable[[], References]) -> tuple[Difference, ...]:
+def _roughest(program: Program) -> float:
+    """The bound of the narrowest floats of a program."""
+    return max((TOLERANCE.get(t.dtype, 0.0) for t in program.graph.tensors), default=0.0)
+
+
+def _judged(differences: Sequence[Difference], values: Sequence[Value], trips: Sequence[int], reference: Sequence[Any], candidate: Sequence[Any], truth: Callable[[], References], rough: float) -> tuple[Difference, ...]:
     """Differences beyond their bounds, held against float64 where there is such a value."""
     found = []
     for d, value, trip, a, b in zip(differences, values, trips, reference, candidate, strict=True):
@@ -278,7 +288,7 @@ def _judged(differences: Sequence[Difference], values: Sequence[Value], trips: S
         if not d.equal:
             with contextlib.suppress(Exception):  # a program that has no form in float64 is held to its bounds alone
                 wide = truth().get(value, trip)
-        found.append(d if wide is None else judged(d, wide, a, b))
+        found.append(d if wide is None else judged(d, wide, a, b, rough))
     return tuple(found)
 
 

@@ -130,10 +130,6 @@ def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str,
     scope (an op in that scope or below it). Raises PhaseError, with the candidates, where the structure is ambiguous, and where
     phases given for ops contradict the order in which they run.
     """
-    if not hasattr(program, "graph"):
-        raise PhaseError(f"a {type(program).__name__} is no program", where="tag(...)", mend="trace it first: tag(trace(fn, *args))")
-    if phases is not None and not isinstance(phases, Mapping):
-        raise PhaseError(f"the phases given are a {type(phases).__name__}", where="tag(phases=...)", mend='give a dict: {<op id or scope>: "prefill" or "decode"}')
     graph = program.graph
     loops = find_token_loop(program, loop)
     token_loop, findings = loops.op, loops.findings

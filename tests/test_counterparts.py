@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen
+from mutants import CHANGES, changed, places
 
 import partition as pt
+from models import llama
+from partition import _jax
 from partition.errors import EquivalenceError
 
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -110,3 +113,36 @@ def test_inside_a_library_the_users_line_comes_first() -> None:
     program = pt.trace(Net().apply, weights, X)
     said = {program.source(op) for op in program.graph.ops if op.primitive == "rsqrt"}
     assert len(said) == 1 and f"{line_of(Net)} (Net.__call__) through flax/linen/normalization.py:" in said.pop()
+
+
+def model(dtype: str) -> tuple[Any, Any]:
+    return llama.generation("tiny", batch=1, prompt=10, new_tokens=4, seed=0, logits=True, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["sin for cos", "a difference for a sum", "operands exchanged", "a slice moved", "a cast"])
+def test_the_op_of_a_mutant_of_a_model_is_named(kind: str) -> None:
+    """Before the token loop and inside it, in a callable that is no cut of ours."""
+    fn, args = model("float32")
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    tree = jax.tree_util.tree_structure(jax.eval_shape(fn, *args))
+    ways = list(places(jaxpr, CHANGES[kind]))
+    for deep in {len(w) for w in ways}:
+        seen = False
+        for way in [w for w in ways if len(w) == deep][-1:-20:-6]:  # some change nothing, such as the sign of a zero
+            other, victim = changed(jaxpr, CHANGES[kind], way)
+            try:
+                pt.check(fn, lambda *a, other=other: jax.tree_util.tree_unflatten(tree, _jax.as_function(other)(*jax.tree_util.tree_leaves(a))), args)
+            except EquivalenceError as error:
+                seen = True
+                assert _jax.source(victim).split(" ")[0] in error.where, (way, error)
+                break
+        assert seen, deep
+
+
+def test_a_model_in_bfloat16_with_logits_in_float32_is_as_good_as_bfloat16() -> None:
+    """Traced, it fuses otherwise than called: its float32 logits are no nearer to float64 for that, and are held against it."""
+    fn, args = model("bfloat16")
+    verdict = pt.check(fn, jax.jit(fn), args)
+    assert verdict.equal
+    with pytest.raises(EquivalenceError):
+        pt.check(fn, lambda *a: (fn(*a)[0], fn(*a)[1] * 1.1), args)

@@ -331,11 +331,11 @@ def test_wrong_hints_are_told() -> None:
     assert "no token that it chooses comes back" in tag(program, loop=layers.id).how[0]
     phases = tag(program, phases={tokens.id: "prefill"})
     assert phases.loop is None and phases.handoff == () and not phases.ops(Phase.DECODE) and "the caller says so" in phases.how[0]
-    with pytest.raises(PhaseError, match="are a list"):
+    with pytest.raises(PartitionError, match="phases is of type list, not a mapping"):
         tag(program, phases=["prefill"])  # type: ignore[arg-type]
     with pytest.raises(PartitionError, match="no phase called 'prefil'"):
         phases.ops("prefil")
-    with pytest.raises(PhaseError, match="function is no program"):
+    with pytest.raises(PartitionError, match="program is of type function, not a Program"):
         tag(fn)  # type: ignore[arg-type]
     with pytest.raises(PartitionError, match="did you mean 'prefill'"):
         tag(program, phases={tokens.id: "prefil"})

@@ -39,7 +39,7 @@ def unlike(want: Any, got: Any) -> tuple[Way, Way, str] | None:
             return (a,), (b,), "has other shapes or types"
         for x, y in zip(a.outvars, b.outvars, strict=True):
             number(0, x), number(1, y)
-        if (inner := _params(a, b)) is not None:
+        if (inner := unlike_params(a, b)) is not None:
             return (a, *inner[0]), (b, *inner[1]), inner[2]
     if len(one.eqns) != len(other.eqns):
         return (), (), f"it has {len(other.eqns)} equations for {len(one.eqns)}"
@@ -48,7 +48,7 @@ def unlike(want: Any, got: Any) -> tuple[Way, Way, str] | None:
     return None
 
 
-def _params(a: Any, b: Any) -> tuple[Way, Way, str] | None:
+def unlike_params(a: Any, b: Any) -> tuple[Way, Way, str] | None:
     """How the parameters of two equations of one primitive differ."""
     if a.params.keys() != b.params.keys():
         return (), (), "has other parameters"
