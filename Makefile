@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 FOREIGN := .venv-foreign-$(VERSION)
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-all parity foreign lint bench fuzz clean-checks notebooks run-notebooks docs wheel
+.PHONY: demo test test-all parity foreign lint bench fuzz clean-checks notebooks random run-notebooks docs wheel
 demo: $(STAMP)
 	$(BIN)/partition demo
 
@@ -42,6 +42,10 @@ else
 	$(FOREIGN)/bin/python -m pip install -q --disable-pip-version-check --no-deps google-tunix==0.1.7 google-metrax==0.2.4 qwix==0.1.8 dantinox==0.4.14
 endif
 	@touch $@
+
+# a hundred and fifty random programs, cut anywhere: with the fifty of `make test`, two hundred
+random: $(STAMP)
+	$(BIN)/python -m pytest tests/test_random.py -m slow -n 2
 
 # ten thousand random programs, cut anywhere; a few hours on two cores (CASES=500 for a few minutes)
 CASES ?= 10000
