@@ -86,6 +86,17 @@ def _in_step(one: _Run, other: _Run, pairs: Mapping[int, int], known: Sequence[n
             inside = f", inside it {way[-1].primitive.name} at {_jax.source(way[-1], (got, None))}" if way else ""
             return f"{describe(other.program, op)}{inside}: the candidate's {how}"
         return f"{describe(other.program, op)}{inner and f', inside it {inner}'}: its result {said}"
+    return _last(one, other, pairs, known, differs)
+
+
+def _last(one: _Run, other: _Run, pairs: Mapping[int, int], known: Sequence[np.ndarray], differs: Differs) -> str | None:
+    """Where programs part behind the last op that both have: at what makes the first output that differs."""
+    for t, u in zip(one.program.graph.outputs, other.program.graph.outputs, strict=False):
+        if t in one.results and u in other.results and differs(one.results[t], other.results[u]):
+            n = next(k for k, op in enumerate(other.ops) if u in op.outputs)
+            before = [k for k in (*_unpaired(other, n, pairs), n) if k not in pairs]
+            at = next((k for k in before if _is_alone(other, other.ops[k], known)), n)
+            return f"{describe(other.program, other.ops[at])}: " + (NOWHERE if at not in pairs else "another output of the reference is this")
     return None
 
 

@@ -13,15 +13,18 @@ import numpy as np
 
 from partition import _jax
 
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "complex64": 1e-5, "complex128": 1e-12}
-"""How far a float may be off, as a share of the scale of its tensor: a few roundings of the narrow types, a hundred of the wide ones. What is further is held
-against float64. Integers, truth values and keys must be equal."""
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3, "complex64": 1e-5, "complex128": 1e-12,
+             "float8_e4m3fn": 0.13, "float8_e4m3": 0.13, "float8_e5m2": 0.25}  # fmt: skip
+"""How far a float may be off, as a share of the scale of its tensor: a few roundings of the narrow types, a hundred of the wide ones; the rms of all may be off by a quarter
+of that, as a share of their rms. What is further is held against float64. Integers, truth values and keys must be equal."""
 FAR = 1e3
 """Values so many times as large as all that differ say nothing of their scale: what a mask or padding holds."""
 
 OWN, MOST, FEW = 4.0, 100.0, 8
 """A value beyond its tolerance may be OWN times as far from float64 as the uncut program's own (another order of the same sums), where that is itself no further
 than MOST tolerances: what is further is no rounding, but another model. FEW: elements that an index must have for its own noise to be known."""
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "complex64": 2.0**-23, "complex128": 2.0**-52}
+"""One rounding, as a share of a number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,7 @@ class Difference:
     bitwise: every bit equal. invalid: places where one is NaN or infinite and the other is not the same. max_abs, max_ulp: largest
     distance, in value and in units in the last place. relative: max_abs over the scale, the largest magnitude of the reference that is not FAR beyond all that differs. wrong: elements
     that differ. equal: within the stated bound. rms: of the differences. cosine: of the two as directions (1 where both are 0).
-    steps: how many elements lie 0, 1, 2, up to 4, 16, 256, and more units in the last place apart. first: index of the first element that differs. oracle: rms errors of the
+    other: type and shape of the candidate, where those are not the reference's. steps: how many elements lie 0, 1, 2, up to 4, 16, 256, and more units in the last place apart. first: index of the first element that differs. oracle: rms errors of the
     uncut and of the cut against float64, where that was asked for. rounding: beyond the bound, but no further from float64 than the uncut program's
     own rounding explains (OWN).
     """
@@ -51,6 +54,7 @@ class Difference:
     cosine: float = 1.0
     steps: tuple[int, ...] = ()
     first: tuple[int, ...] | None = None
+    other: str = ""
     oracle: tuple[float, float] | None = None
     rounding: bool = False
 
@@ -58,12 +62,16 @@ class Difference:
         if self.bitwise:
             own = f", both with an rms error against float64 of {self.oracle[0]:.3g}" if self.oracle is not None else ""
             return f"{self.name} {self.dtype}{list(self.shape)}: equal bit for bit{own}"
-        what = f"{self.wrong} of {int(np.prod(self.shape))} elements differ, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP"
+        if self.other:
+            return f"{self.name} {self.dtype}{list(self.shape)}: the candidate's is {self.other}"
+        many = f"{self.wrong} of {int(np.prod(self.shape))} elements differ"
+        if not floating(self.dtype):
+            return f"{self.name} {self.dtype}{list(self.shape)}: {many}, max abs {self.max_abs:.3g}, first at {list(self.first or ())}; they must be equal"
+        what = f"{many}, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP"
         bad = f", {self.invalid} NaN or infinite on one side only" if self.invalid else ""
-        first = f", first at {list(self.first)}" if self.first is not None and "float" not in self.dtype else ""
         near = f", rms error against float64 {self.oracle[1]:.3g}, the uncut program's own {self.oracle[0]:.3g}" if self.oracle is not None else ""
         word = "beyond, but as near to float64 as the uncut program is" if self.rounding else "within" if self.equal else "BEYOND"
-        return f"{self.name} {self.dtype}{list(self.shape)}: {what}{first}{bad}{near}; bound {self.bound:g} of scale: {word}"
+        return f"{self.name} {self.dtype}{list(self.shape)}: {what}{bad}{near}; bound {self.bound:g} of scale: {word}"
 
 
 def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -96,9 +104,9 @@ def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, f
     a, b = _jax.to_numpy(reference), _jax.to_numpy(candidate)
     dtype, shape = str(a.dtype), tuple(a.shape)
     if a.shape != b.shape or a.dtype != b.dtype:
-        return Difference(name=f"{name} (cut: {b.dtype}{list(b.shape)})", shape=shape, dtype=dtype, bitwise=False, invalid=0, max_abs=np.inf,
+        return Difference(name=name, other=f"{b.dtype}{list(b.shape)}", shape=shape, dtype=dtype, bitwise=False, invalid=0, max_abs=np.inf,
                           relative=np.inf, max_ulp=0, wrong=max(a.size, 1), bound=0.0, equal=False)  # fmt: skip
-    bound = (tolerance or TOLERANCE).get(dtype, 0.0)
+    bound = {**TOLERANCE, **(tolerance or {})}.get(dtype, 0.0)
     bitwise = a.tobytes() == b.tobytes()
     a, b = parts(a), parts(b)
     if not floating(dtype):
@@ -117,10 +125,11 @@ def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, f
     scale = float(size[size <= FAR * differing].max(initial=0.0))
     relative = gap / scale if scale > 0 else (0.0 if gap == 0 else np.inf)
     apart = np.where(finite, ulps(a, b), 0).astype(np.float64) if gap > 0 else np.zeros(a.shape)
+    biased = tolerance is None and _rms(gaps) > bound / 4 * _rms(size)
     length = float(np.sqrt((np.where(finite, x, 0) ** 2).sum() * (np.where(finite, y, 0) ** 2).sum()))
     return Difference(
         name=name, shape=shape, dtype=dtype, bitwise=bitwise, invalid=invalid, max_abs=gap, relative=relative, max_ulp=int(apart.max(initial=0)), wrong=int((~same).sum()), bound=bound,
-        equal=invalid == 0 and relative <= bound, rms=_rms(gaps), cosine=float((np.where(finite, x, 0) * np.where(finite, y, 0)).sum()) / length if length > 0 else 1.0,
+        equal=invalid == 0 and relative <= bound and not biased, rms=_rms(gaps), cosine=float((np.where(finite, x, 0) * np.where(finite, y, 0)).sum()) / length if length > 0 else 1.0,
         steps=tuple(int(n) for n in np.histogram(apart, [-0.5, 0.5, 1.5, 2.5, 4.5, 16.5, 256.5, np.inf])[0]), first=_first(~same),
     )  # fmt: skip
 
@@ -148,11 +157,12 @@ def against(difference: Difference, oracle: Any, reference: Any, candidate: Any)
     return difference if found is None else dataclasses.replace(difference, oracle=(_rms(found[1]), _rms(found[2])))
 
 
-def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any, rough: float = 0.0) -> Difference:
+def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any, rough: float = 0.0, size: float = 0.0) -> Difference:
     """A difference beyond its bound, held against float64: it is equal all the same where the candidate errs at most OWN times as much as the reference, by rms, at most, and
     along each index of each dimension, as where large terms cancel and little but rounding is left; and where the reference itself is at most MOST bounds off. rough: the bound of the narrowest floats that the program computes in, where that is wider than the one of what it gives: float32
-    logits of a model in bfloat16 are no better than bfloat16."""
-    found = None if difference.equal or difference.invalid or not floating(difference.dtype) else _errors(oracle, reference, candidate)
+    logits of a model in bfloat16 are no better than bfloat16. size: the largest number that went in or came out: where the truth is nothing beside a rounding of that, as the
+    gradient of what cannot matter, the reference holds noise alone, and the candidate may hold as much."""
+    found = None if difference.equal or difference.invalid or difference.other or not floating(difference.dtype) else _errors(oracle, reference, candidate)
     if found is None:
         return difference
     truth, own, other = found
@@ -160,11 +170,17 @@ def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any, 
     for d in range(own.ndim):
         rest = tuple(i for i in range(own.ndim) if i != d)
         if own.size >= FEW * own.shape[d]:  # enough of them to know how noisy an index is
-            noise = np.minimum(noise, own.max(axis=rest, keepdims=True))
-    size = np.abs(truth[np.isfinite(truth)])
-    scale = float(size[size <= FAR * np.median(size)].max(initial=0.0)) if size.size else 0.0
-    beyond = other > np.maximum(OWN * noise, difference.bound * scale)
-    rounding = not beyond.any() and _rms(other) <= OWN * _rms(own) and own.max(initial=0.0) <= MOST * max(difference.bound, rough) * max(scale, float(size.max(initial=0.0)) / FAR)
+            each = own.max(axis=rest, keepdims=True)  # an index that is right by luck is no quieter than half of them
+            noise = np.minimum(noise, np.maximum(each, np.median(each)))
+    held = np.abs(truth[np.isfinite(truth)])
+    scale = float(held[held <= FAR * np.median(held)].max(initial=0.0)) if held.size else 0.0
+    most, least = float(own.max(initial=0.0)), max(EPS.get(difference.dtype, 0.0), rough / 4 if rough > difference.bound else 0.0) * size
+    if scale <= OWN * most and scale < least:  # not a digit of the reference is right, nor could it be
+        rounding = float(other.max(initial=0.0)) <= OWN * max(most, least)
+    else:
+        beyond = other > np.maximum(OWN * noise, (difference.bound / 4 if own.size >= FEW else max(difference.bound, rough)) * scale)  # of a few numbers, the reference may be right by luck
+        lucky = own.size < FEW and _rms(other) <= rough * scale
+        rounding = not beyond.any() and (lucky or _rms(other) <= OWN * _rms(own)) and most <= MOST * max(difference.bound, rough) * max(scale, float(held.max(initial=0.0)) / FAR)
     return dataclasses.replace(difference, oracle=(_rms(own), _rms(other)), equal=rounding, rounding=rounding)
 
 

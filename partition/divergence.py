@@ -193,4 +193,4 @@ def within(want: Any, got: Any, env: Any, options: Any, differs: Differs, theirs
 
 def describe(program: Program, op: Op) -> str:
     """An op for people: its primitive, scope and source line."""
-    return f"op {op.id} ({op.primitive}) in {op.scope or 'the top scope'} at {program.source(op)}"
+    return f"op {op.id} ({op.primitive}) in {op.scope or 'the top scope'} at {program.source(op) or 'a line that JAX does not keep'}"

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import html
 import itertools
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,16 +95,16 @@ def check(
 ) -> Verdict:  # fmt: skip
     """Run cut and uncut and compare outputs and stage boundaries (inside a cut token loop: of its first `trips` trips and the last).
 
-    strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale (or one number for all), in place of TOLERANCE. oracle: hold both against float64 too.
+    strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale (or one number for all), in place of what TOLERANCE has for it. oracle: hold both against float64 too.
     `check(reference, candidate, args)` compares two callables instead, for those who partition by their own means.
     What is beyond the default tolerance is judged by float64: it is equal where it is as near to that as the uncut program's own numbers are.
     Raises EquivalenceError, with the verdict, where they differ by more than that, where every number of an output is NaN, and where the model
     does not give the same twice; ExecutionError where they cannot run.
     """
     if tolerance is not None and not isinstance(tolerance, Mapping):
-        tolerance = dict.fromkeys(TOLERANCE, tolerance)
+        tolerance = dict.fromkeys(TOLERANCE, float(tolerance))
     for name, share in (tolerance or {}).items():
-        if name not in TOLERANCE or isinstance(share, bool) or not isinstance(share, int | float) or not share >= 0:
+        if name not in TOLERANCE or isinstance(share, bool) or not isinstance(share, numbers.Real) or not float(share) >= 0:
             raise ExecutionError(f"{share!r} is no tolerance of {name!r}", where="check(..., tolerance=...)", mend=f"give a share of scale from 0, for one of {', '.join(TOLERANCE)}")
     if not isinstance(stages, Stages):
         return _two(stages, *args, tolerance=tolerance, oracle=oracle)
@@ -131,10 +132,10 @@ def check(
     truth = functools.cache(lambda: References(stages, loaded, strict, trips, wide=True))
     if culprit is None and tolerance is None and not all(d.equal for d in (*outputs, *boundaries)):
         ours, theirs = (jax.tree_util.tree_leaves(x) for x in (reference, result))
-        outputs = _judged(outputs, [(t, None) for t in program.graph.outputs], [-1] * len(outputs), ours, theirs, truth, _roughest(program))
-        boundaries = _judged(boundaries, [k.value for k in kept], [k.trip for k in kept], [k.reference for k in kept], [k.array for k in kept], truth, _roughest(program))
+        outputs = _judged(outputs, [(t, None) for t in program.graph.outputs], [-1] * len(outputs), ours, theirs, truth, _roughest(program), _size((*loaded.values(), reference)))
+        boundaries = _judged(boundaries, [k.value for k in kept], [k.trip for k in kept], [k.reference for k in kept], [k.array for k in kept], truth, _roughest(program), _size((*loaded.values(), reference)))
     if culprit is None and not all(d.equal for d in boundaries):
-        culprit = divergence.culprit(stages, record, refs, lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d))
+        culprit = divergence.culprit(stages, record, refs, lambda a, b: "" if (d := compare("it", a, b, tolerance or TOLERANCE)).equal else str(d))
     equal = all(d.equal for d in outputs) and culprit is None
     before = {s.id for s in itertools.takewhile(lambda s: isinstance(s, Stage), stages.steps) if isinstance(s, Stage)}
     seen = any(not d.equal and (k.trip < trips if k.trip >= 0 else k.stage in before) for d, k in zip(boundaries, kept, strict=True))
@@ -150,11 +151,11 @@ def check(
     verdict = Verdict(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=boundaries, culprit=culprit, cut=right, sharding=sharding,
         tokens=() if bitwise and all(d.bitwise for d in boundaries) else _tokens(stages, record, refs, chosen),
-        not_shown=_not_shown(stages) + _unseen(trips, longer), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
+        not_shown=_not_shown(stages) + _unseen(trips, longer) + (("nothing was cut: all of it is one stage; a policy such as random cuts it",) if len(stages.all) < 2 else ()), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
         trips=record.trips, planned_trips=stages.problem.workload.trips, seconds=record.seconds,
         options=dict(strict_options()) if strict else {},
     )  # fmt: skip
-    _hold_numbers(verdict, reference)
+    _hold_numbers(verdict, reference, args)
     if not equal and (fickle := divergence.fickle(program, [loaded[t] for t in program.graph.inputs])) is not None:
         raise _refused(verdict, "the model does not give the same numbers twice", where=fickle, mend="give it keys as arguments, or take out what changes from run to run")
     if not equal:
@@ -176,12 +177,14 @@ def _refused(verdict: Verdict, what: str, *, where: str, mend: str) -> Equivalen
     return error
 
 
-def _hold_numbers(verdict: Verdict, reference: Any) -> None:
-    """Raises EquivalenceError for an output without a number: NaN that equals NaN shows nothing."""
-    for d, leaf in zip(verdict.outputs, jax.tree_util.tree_leaves(reference), strict=True):
-        if floating(d.dtype) and (array := _jax.to_numpy(leaf)).size and np.isnan(parts(array).astype(np.float64)).all():
-            what = f"every number of output {d.name} is NaN, so nothing is shown"
-            raise _refused(dataclasses.replace(verdict, equal=False, bitwise=False, culprit=what), what, where=f"{d.dtype}{list(d.shape)} of the uncut program", mend="look for the first NaN: jax.config.update('jax_debug_nans', True)")
+def _hold_numbers(verdict: Verdict, reference: Any, args: Any) -> None:
+    """Raises EquivalenceError for an output or an argument without a number: NaN that equals NaN shows nothing."""
+    given = ((f"argument {jax.tree_util.keystr(path)}", leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0])
+    for name, leaf in (*((f"output {d.name}", leaf) for d, leaf in zip(verdict.outputs, jax.tree_util.tree_leaves(reference), strict=True)), *given):
+        if floating(str(getattr(leaf, "dtype", ""))) and leaf.size and np.isnan(parts(_jax.to_numpy(leaf)).astype(np.float64)).all():
+            what = f"every number of {name} is NaN, so nothing is shown"
+            empty = dataclasses.replace(verdict, equal=False, bitwise=False, culprit=what, cut="not told: there are no numbers", sharding="")
+            raise _refused(empty, what, where=f"{leaf.dtype}{list(leaf.shape)}", mend="look for the first NaN: jax.config.update('jax_debug_nans', True)")
 
 
 def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tolerance: Mapping[str, float] | None, oracle: bool) -> Verdict:
@@ -202,33 +205,50 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
         rough = 0.0
         with contextlib.suppress(Exception):  # what JAX cannot trace has no float64 either
             rough = _roughest(trace(reference, *args))
-        outputs = tuple(d if t is None else judged(d, t, a, b, rough) for d, t, a, b in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
+        outputs = tuple(d if t is None else judged(d, t, a, b, rough, _size((args, want))) for d, t, a, b in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
     equal = all(d.equal for d in outputs)
     if not equal:
         with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
-            culprit = parting(trace(reference, *args), trace(candidate, *args), tuple(args), lambda a, b: "" if (d := compare("it", a, b, tolerance)).equal else str(d))
+            culprit = parting(trace(reference, *args), trace(candidate, *args), tuple(args), lambda a, b: "" if (d := compare("it", a, b, tolerance or TOLERANCE)).equal else str(d))
     bitwise = equal and all(d.bitwise for d in outputs)
     verdict = Verdict(
-        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=(), stages=0, moved_bytes=0, planned_bytes=0,
+        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=_tokens_alone(outputs), stages=0, moved_bytes=0, planned_bytes=0,
         trips=None, planned_trips=0, seconds=time.perf_counter() - start, options={},
     )  # fmt: skip
-    _hold_numbers(verdict, want)
+    _hold_numbers(verdict, want, args)
     for name, fn, before in (("reference", reference, want), ("candidate", candidate, got)):
         if not equal and not all(d.bitwise for d in _compared(before, _called(name, fn, args), None)):
             raise _refused(verdict, f"the {name} does not give the same numbers twice", where=getattr(fn, "__qualname__", name), mend="give it keys as arguments, or take out what changes from run to run")
     if not equal:
-        raise _refused(verdict, "reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the op named" if culprit else "look at what the two compute otherwise; no op is named where JAX cannot trace them")
+        raise _refused(verdict, "reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the op named" if culprit else "no op is found where they part: give more of what is inside as outputs")
     return verdict
+
+
+def _tokens_alone(outputs: Sequence[Difference]) -> tuple[str, ...]:
+    """What is not shown where no output is a float."""
+    if not sum(int(np.prod(d.shape)) for d in outputs):
+        return ("no output holds a number",)
+    return () if any(floating(d.dtype) for d in outputs) else ("whole numbers alone were compared: what changes no token is not seen; give logits as an output too",)
 
 
 def _called(name: str, fn: Callable[..., Any], args: Any) -> Any:
     """What a callable of the user's gives. Raises ExecutionError for one that raises."""
     try:
-        return fn(*args)
+        result = fn(*_copied(args))  # it may donate its arguments, or write into them
     except Exception as error:
-        with contextlib.suppress(Exception):  # some only run traced, such as those that index NumPy weights by traced tokens
-            return jax.jit(fn)(*args)
-        raise ExecutionError(f"the {name} raised {told(error)}", where=user_line(error), mend="make it run by itself first") from error
+        try:  # some only run traced, such as those that index NumPy weights by traced tokens
+            result = jax.jit(fn)(*_copied(args))
+        except Exception:
+            raise ExecutionError(f"the {name} raised {told(error)}", where=user_line(error), mend="make it run by itself first") from error
+    for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
+        if np.asarray(_jax.to_numpy(leaf)).dtype.kind in "OUSMm":
+            raise ExecutionError(f"output {jax.tree_util.keystr(path) or 'result'} of the {name} is a {type(leaf).__name__}", where=getattr(fn, "__qualname__", name), mend="give arrays and numbers")
+    return result
+
+
+def _copied(args: Any) -> Any:
+    """The same arguments in memory of their own."""
+    return jax.tree_util.tree_map(lambda leaf: jax.random.clone(leaf) if hasattr(leaf, "dtype") and _jax.is_key(leaf) else leaf.copy() if isinstance(leaf, np.ndarray | jax.Array) else leaf, args)
 
 
 def _wide(reference: Callable[..., Any], args: Any) -> list[Any] | None:
@@ -275,12 +295,18 @@ def _against(differences: Sequence[Difference], truth: Sequence[Any], reference:
     return tuple(d if t is None else against(d, t, a, b) for d, t, a, b in rows)
 
 
+def _size(values: Any) -> float:
+    """The largest finite number among all floats of a tree."""
+    arrays = [parts(_jax.to_numpy(leaf)).astype(np.float64) for leaf in jax.tree_util.tree_leaves(values) if floating(str(getattr(leaf, "dtype", "")))]
+    return max((float(np.abs(a[np.isfinite(a)]).max(initial=0.0)) for a in arrays), default=0.0)
+
+
 def _roughest(program: Program) -> float:
     """The bound of the narrowest floats of a program."""
     return max((TOLERANCE.get(t.dtype, 0.0) for t in program.graph.tensors), default=0.0)
 
 
-def _judged(differences: Sequence[Difference], values: Sequence[Value], trips: Sequence[int], reference: Sequence[Any], candidate: Sequence[Any], truth: Callable[[], References], rough: float) -> tuple[Difference, ...]:
+def _judged(differences: Sequence[Difference], values: Sequence[Value], trips: Sequence[int], reference: Sequence[Any], candidate: Sequence[Any], truth: Callable[[], References], rough: float, size: float) -> tuple[Difference, ...]:
     """Differences beyond their bounds, held against float64 where there is such a value."""
     found = []
     for d, value, trip, a, b in zip(differences, values, trips, reference, candidate, strict=True):
@@ -288,7 +314,7 @@ def _judged(differences: Sequence[Difference], values: Sequence[Value], trips: S
         if not d.equal:
             with contextlib.suppress(Exception):  # a program that has no form in float64 is held to its bounds alone
                 wide = truth().get(value, trip)
-        found.append(d if wide is None else judged(d, wide, a, b, rough))
+        found.append(d if wide is None else judged(d, wide, a, b, rough, size))
     return tuple(found)
 
 

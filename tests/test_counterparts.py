@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen
 from mutants import CHANGES, changed, places
@@ -15,7 +16,7 @@ from mutants import CHANGES, changed, places
 import partition as pt
 from models import llama
 from partition import _jax
-from partition.errors import EquivalenceError
+from partition.errors import EquivalenceError, ExecutionError
 
 KEYS = jax.random.split(jax.random.key(0), 5)
 W = {n: jax.random.normal(k, shape) for n, k, shape in zip("abcd", KEYS, ((6, 8), (6, 8), (8, 5), (6, 6)), strict=False)}
@@ -146,3 +147,68 @@ def test_a_model_in_bfloat16_with_logits_in_float32_is_as_good_as_bfloat16() -> 
     assert verdict.equal
     with pytest.raises(EquivalenceError):
         pt.check(fn, lambda *a: (fn(*a)[0], fn(*a)[1] * 1.1), args)
+
+
+def grown(w: Any, x: Any) -> Any:
+    for _ in range(3):
+        x = x + jnp.tanh(x @ w["a"]) @ w["a"].T
+    return x
+
+
+BF16 = X.astype(jnp.bfloat16)
+
+
+def test_what_stands_behind_all_that_both_compute_is_named() -> None:
+    for candidate, op in ((lambda w, x: grown(w, x) * 1.01, "mul"), (lambda w, x: grown(w, x)[::-1], "rev"), (lambda w, x: grown(w, x).astype(jnp.bfloat16).astype(jnp.float32), "convert_element_type")):
+        with pytest.raises(EquivalenceError, match=rf"op \d+ \({op}\)"):
+            pt.check(grown, candidate, (W, X))
+
+
+@pytest.mark.parametrize("candidate", [lambda x: (x @ x.T).astype(jnp.float32), lambda x: (x @ x.T)[:2], lambda x: (x @ x.T).astype(jnp.float16)])
+def test_another_type_or_shape_is_never_equal(candidate: Any) -> None:
+    with pytest.raises(EquivalenceError, match="the candidate's is float"):
+        pt.check(lambda x: x @ x.T, candidate, (BF16,))
+
+
+def test_a_bias_within_bounds_is_held_against_float64() -> None:
+    """1.02 of everything is two roundings of the largest number, and ten of the rms of all."""
+    with pytest.raises(EquivalenceError):
+        pt.check(lambda x: x @ x.T, lambda x: (x @ x.T) * jnp.bfloat16(1.02), (BF16,))
+
+
+def test_noise_where_the_truth_is_nothing_is_no_alarm() -> None:
+    """The gradient of a key's bias is zero; each way to compute it leaves other noise."""
+
+    def loss(w: Any, x: Any) -> Any:
+        q, k = x @ w["a"] + 0.1, x @ w["b"] + w["bias"]
+        return (jax.nn.softmax(q @ k.T) @ x).sum() ** 2
+
+    w = {**W, "bias": jnp.ones(8)}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        narrow = jax.tree_util.tree_map(lambda a, dtype=dtype: a.astype(dtype), w)
+        assert pt.check(jax.grad(loss), jax.jit(jax.grad(loss)), (narrow, X.astype(dtype))).equal
+    assert pt.check(lambda x: (x + 1) - (1 + x), lambda x: ((x + 1) - 1) - x, (X,)).equal
+    with pytest.raises(EquivalenceError):
+        pt.check(lambda x: (x + 1) - (1 + x), lambda x: x * 1e-4, (X,))
+
+
+def test_arguments_may_be_donated_or_written_into() -> None:
+    given = jax.jit(lambda w, x: (w - x, x), donate_argnums=0)
+    assert pt.check(given, given, (X, X + 1)).bitwise
+
+    def inside(a: Any) -> Any:
+        a += 1
+        return a
+
+    assert pt.check(inside, inside, (np.ones(4),)).bitwise
+
+
+def test_what_shows_nothing_is_said() -> None:
+    def last(x: Any) -> Any:
+        return jnp.argmax(x, -1)
+
+    assert "give logits" in pt.check(last, last, (X,)).not_shown[0]
+    with pytest.raises(EquivalenceError, match="every number of argument"):
+        pt.check(last, last, (X * np.nan,))
+    with pytest.raises(ExecutionError, match="is a str"):
+        pt.check(lambda x: "text", lambda x: "text", (X,))
