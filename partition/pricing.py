@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,12 +51,17 @@ def layouts(phases: Phases, works: Mapping[int, Work], cluster: Cluster, trips: 
 
 
 def layers_on(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
-    """How many layers share a wafer: those of the model, over the wafers there are for them. 1 where a device has no regions."""
+    """How many layers share a wafer: those of the model, over as few of the wafers there are as hold its weights; what stands idle beside them changes nothing. 1 where a device has no regions.
+
+    A placement that spreads over more wafers is priced as if each had as many layers: its larger regions are not counted.
+    """
     if mesh.device.region is None:
         return 1.0
     layers = max(phases.anatomy.layers.counts.values(), default=1)
-    alike = sum(m.count for m in cluster.meshes if m.device.name == mesh.device.name)
-    return max(1.0, layers / alike)
+    alike = [m for m in cluster.meshes if m.device.name == mesh.device.name]
+    room = _FOR_WEIGHTS * float(mesh.capacity) / mesh.count
+    needed = max(1, math.ceil(phases.program.weight_bytes / room)) if room > 0 else 1
+    return max(1.0, layers / min(needed, sum(m.count for m in alike)))
 
 
 def depth(phases: Phases, cluster: Cluster, mesh: Mesh) -> float:
