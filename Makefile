@@ -7,9 +7,12 @@ STAMP := $(VENV)/.installed
 FOREIGN := .venv-foreign-$(VERSION)
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-all parity foreign lint bench fuzz clean-checks notebooks random run-notebooks docs wheel
+.PHONY: demo setup test test-all parity foreign lint bench fuzz clean-checks notebooks random run-notebooks docs wheel
 demo: $(STAMP)
 	$(BIN)/partition demo
+
+setup: $(STAMP)
+	@echo "the command is $(BIN)/partition, the interpreter $(BIN)/python"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not parity" -n 2

@@ -18,7 +18,7 @@ from partition.errors import ArgumentError
 MAKES = {
     "Cluster": 'cluster("trn2_efa_cs3")', "Device": 'device("trn2")', "Program": "trace(fn, *args)", "Phases": "tag(program)", "Problem": "pose(phases, cluster)",
     "Placement": "place(problem, policy) or problem.placement(meshes)", "Plan": "plan(fn, args, cluster=...) or Plan.load(path)", "Stages": "cut(program, placement)",
-    "Runner": "prepare(stages)",
+    "Runner": "prepare(stages)", "pd.DataFrame": "sweep(model, over, cluster=...)",
 }  # fmt: skip
 """Value -> what makes one."""
 
@@ -66,7 +66,7 @@ def _kinds(annotation: str) -> tuple[str, ...]:
 
 
 def _is(value: Any, kind: str) -> bool:
-    return _PLAIN[kind][1](value) if kind in _PLAIN else any(c.__name__ == kind for c in type(value).__mro__)
+    return _PLAIN[kind][1](value) if kind in _PLAIN else any(c.__name__ == kind.rpartition(".")[2] for c in type(value).__mro__)
 
 
 def _wrong(verb: str, argument: str, value: Any, kinds: Sequence[str]) -> ArgumentError:

@@ -81,7 +81,7 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, sizes: Mapp
         say(f"build {model}")
         host_devices(DEFAULT_HOST_DEVICES)  # before a model of the user's starts JAX
         if seed is not None and ":" not in model:
-            _hold_to_host(model, model_bytes(request(model, **sizes)[1]))
+            hold_to_host(model, model_bytes(request(model, **sizes)[1]))
         fn, args = request(model, **sizes, seed=seed)
         title = ", ".join([model, *(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())]) if ":" in model else f"{model}, batch {sizes['batch']}, prompt {sizes['prompt']} + {sizes['new_tokens']} tokens"
         made = plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, keep=keep or (), costs=None if costs is None else measured.read(costs))
@@ -138,7 +138,7 @@ def replaced(cluster: Cluster, sets: Sequence[str] | None) -> Cluster:
     return cluster.replace(values)
 
 
-def _hold_to_host(model: str, nbytes: float) -> None:
+def hold_to_host(model: str, nbytes: float) -> None:
     """Refuse to run a model that this host cannot hold: its weights lie once for the uncut program, once for the stages, once as made."""
     from partition.units import size
 
@@ -236,7 +236,7 @@ def check_command(
     verdict = dataclasses.replace(verdict, not_shown=(*verdict.not_shown, *unlike))
     if found:
         verdict = dataclasses.replace(verdict, target=numerics.summary(found))
-    drifted = _drift(made.title, runner(*args), verdict, against, accept, budget) if against is not None and code is ExitCode.OK else []
+    drifted = _drift(f"{made.title}, seed {seed}", runner(*args), verdict, against, accept, budget) if against is not None and code is ExitCode.OK else []
     code = ExitCode.MISMATCH if drifted else code
     raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "made": origin.made(made.problem.cluster, seed=seed), "effects": [dataclasses.asdict(e) for e in found], "drift": drifted} | dataclasses.asdict(verdict), indent=1, default=str)
     print(raw if as_json else verdict)
@@ -263,6 +263,8 @@ def _drift(title: str, result: Any, verdict: Any, against: Path, accept: str | N
         print(f"recorded {against}: {accept}", file=sys.stderr)
         return []
     old = baselines.load(against)
+    if old["title"] != title:
+        raise PartitionError(f"the recorded run is of {old['title']}", where=f"{against}; this one is of {title}", mend="run the same again, or record this one: --accept 'why it is right'")
     moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(TOLERANCE, budget), verdict=verdict)
     if not moved:
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -32,7 +33,7 @@ from partition.cli import (
     replaced,
     sizes_of,
 )
-from partition.errors import ExitCode, NameUnknownError
+from partition.errors import ExitCode, NameUnknownError, PartitionError
 
 if TYPE_CHECKING:
     from partition.problem import Problem
@@ -196,7 +197,10 @@ def explain_command(
     from partition.units import dollars, seconds
 
     with progress() as say:
-        if model.endswith(".json") or (Path(model) / "plan.json").exists():
+        if model.endswith(".json") or os.sep in model or (Path(model) / "plan.json").exists():
+            said = {"--prompt": prompt, "--new-tokens": new_tokens, "--batch": batch, "--trips": trips, "--limit": limits, "--keep": keep, "--set": sets}
+            if wrong := [name for name, value in said.items() if value]:
+                raise PartitionError(f"{wrong[0]} is for a model that is planned anew", where=f"explain {model}", mend="leave it out, or name the model: the plan has its own")
             plan = Plan.load(model)
             problem, others, title = plan.problem, [], plan.title
         else:

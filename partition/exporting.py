@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from partition.cli import AsJson, app, progress
+from partition.cli import AsJson, app, hold_to_host, progress
 from partition.errors import PartitionError
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ def export_command(
 def _exported(plan_file: Path, out: Path, seed: int | None, streamed: bool) -> tuple[Stages, Path]:
     """Trace the model of a saved plan again, and export its stages."""
     from partition.artifacts import export
-    from partition.pipeline import Plan, again
+    from partition.pipeline import Plan, again, model_bytes, request
     from partition.stages import cut
 
     with progress() as say:
         say("trace the plan's model again")
-        made, args = again(Plan.load(plan_file), seed=seed)
+        saved = Plan.load(plan_file)
+        if seed is not None and (name := str(saved.request.get("model", ":"))) and ":" not in name:
+            hold_to_host(name, model_bytes(request(name, **{k: v for k, v in saved.request.items() if k in ("prompt", "new_tokens", "batch")})[1]))
+        made, args = again(saved, seed=seed)
         assert made.problem.phases is not None
         stages = cut(made.problem.phases.program, made.placement, streamed=streamed)
         say("export the stages")

@@ -12,6 +12,8 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from partition.errors import ProfileError
+
 if TYPE_CHECKING:
     import networkx as nx
 
@@ -305,7 +307,7 @@ class Cluster:
             )  # fmt: skip
         return graph
 
-    def replace(self, values: Mapping[str, str | float] | None = None, *, price: Mapping[str, float] | None = None, beta: Mapping[str, float] | None = None) -> Cluster:
+    def replace(self, values: Mapping[str, str | float] | None = None, *, price: Mapping[str, str | float] | None = None, beta: Mapping[str, str | float] | None = None) -> Cluster:
         """The same cluster with other numbers, all of them assumed by the caller.
 
         values: "<device>.<field>", "<link>.<field>" or "<mesh>.count" -> a quantity with its unit, or a number in SI units: "cs3.price",
@@ -315,10 +317,12 @@ class Cluster:
         """
         from partition.overrides import replaced
 
+        if wrong := [v for v in (values, price, beta) if v is not None and not isinstance(v, Mapping)]:
+            raise ProfileError(f"{wrong[0]!r} says nothing by name", where=f"cluster {self.name!r}, replace(...)", mend="write replace({'cs3.price': '20 $/h'})")
         said: dict[str, str | float] = dict(values or {})
-        said |= {f"{name}.price": float(value) for name, value in (price or {}).items()}
+        said |= {f"{name}.price": value for name, value in (price or {}).items()}
         for name, value in (beta or {}).items():
-            said |= {f"{name}.beta": float(value), f"{name}.ingest": float("inf")}
+            said |= {f"{name}.beta": value, f"{name}.ingest": float("inf")}
         return replaced(self, said)
 
     def at(self, worse: bool) -> Cluster:

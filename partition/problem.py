@@ -279,8 +279,8 @@ def hold_limits(limits: Mapping[str, float], *, where: str) -> None:
     for name, most in limits.items():
         if name not in LIMITS:
             raise NameUnknownError.among("limit", name, LIMITS, where=where)
-        if not isinstance(most, int | float) or not (most > 0 or (name == "crossings" and most == 0)):
-            raise PlacementError(f"{name} cannot be held to {most!r}", where=where, mend="give a number above 0")
+        if not isinstance(most, int | float) or not (most > 0 or (name == "crossings" and most == 0)) or (name == "crossings" and most % 1):
+            raise PlacementError(f"{name} cannot be held to {most!r}", where=where, mend="give a whole number from 0" if name == "crossings" else "give a number above 0")
 
 
 def on(problem: Problem, cluster: Cluster) -> Problem:

@@ -67,7 +67,10 @@ def _find(name: str, table: Table, beside: Path | None = None) -> Path:
     for index in (*([_index(beside)] if beside is not None and beside not in folders() else []), *map(_kept, folders())):
         if name in index[table]:
             return index[table][name]
-    raise NameUnknownError.among(table, name, names(table), mend="or name a .toml file of your own")
+    near = _index(beside) if beside is not None and beside not in folders() else {}
+    if beside is not None and (file := beside / f"{name}.toml").exists():
+        raise NameUnknownError(f"{file.name} holds no [{table}]", where=str(file), mend=f"let a line of it be [{table}]")
+    raise NameUnknownError.among(table, name, {*names(table), *near.get(table, {})}, mend="or name a .toml file of your own")
 
 
 @checked
@@ -124,7 +127,7 @@ def cluster(name: str) -> Cluster:
             raise ProfileError(f"a link joins {unknown[0]!r}, which is no mesh of this cluster", where=at("links", i, ".between"),
                                mend=f"use the names under [[cluster.meshes]]: {', '.join(members)}")  # fmt: skip
         if e.between[0] == e.between[1] and len(members[e.between[0]]) == 1:
-            raise ProfileError(f"a link joins {e.between[0]!r} with itself", where=at("links", i, ".between"), mend="what joins the devices of one mesh is its fabric")
+            raise ProfileError(f"a link joins {e.between[0]!r} with itself", where=at("links", i, ".between"), mend="what joins the devices of one mesh is its fabric; a link among copies needs copies = 2 or more")
         made_link = _named_by(functools.partial(at, "links", i, ".link"), link, e.link, beside)
         a, b = (members[m] for m in e.between)
         pairs = [(x, y) for k, x in enumerate(a) for j, y in enumerate(b) if x != y and (not e.chain or abs(k - j) == 1)]

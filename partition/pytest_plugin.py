@@ -34,15 +34,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Collector(config), "partition-collector")
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Host devices can only be asked for before JAX starts: do so where a test will need them."""
-    if any(NAME in getattr(item, "fixturenames", ()) for item in session.items):
-        from partition.program import host_devices
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> None:
+    """Host devices can only be asked for before JAX starts, and a module may start it as it is imported: ask before a file that speaks of the fixture is."""
+    if file_path.suffix == ".py" and NAME in file_path.read_text("utf-8", errors="replace"):
+        _ask_for_devices(parent.config)
 
-        said = str(session.config.getini("partition_devices"))
-        if not said.isdigit() or not int(said):
-            raise pytest.UsageError(f"partition_devices is {said!r}: give a whole number from 1, such as 32")
-        host_devices(int(said))
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """For tests that get the fixture from elsewhere, such as a mark in a conftest."""
+    if any(NAME in getattr(item, "fixturenames", ()) for item in session.items):
+        _ask_for_devices(session.config)
+
+
+def _ask_for_devices(config: pytest.Config) -> None:
+    from partition.program import host_devices
+
+    said = str(config.getini("partition_devices"))
+    if not said.isdigit() or not int(said):
+        raise pytest.UsageError(f"partition_devices is {said!r}: give a whole number from 1, such as 32")
+    host_devices(int(said))
 
 
 def row(nodeid: str, options: Mapping[str, Any], verdict: Any, error: Exception | None) -> dict[str, Any]:
@@ -72,7 +82,7 @@ def partition_equivalence(request: pytest.FixtureRequest) -> Callable[..., Any]:
     marks = [mark.kwargs for mark in request.node.iter_markers(NAME)]  # the closest first
     defaults = {k: v for kwargs in reversed(marks) for k, v in kwargs.items()}
 
-    def run(fn: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
+    def run(fn: Callable[..., Any], args: Any = None, **options: Any) -> Any:
         __tracebackhide__ = True
         if unknown := sorted((set(options) | set(defaults)) - set(OPTIONS)):
             pytest.fail(f"{NAME} takes no {unknown[0]!r}\n  where: {request.node.nodeid}\n  mend:  known: {', '.join(OPTIONS)}", pytrace=False)

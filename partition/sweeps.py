@@ -112,15 +112,19 @@ def wins(problem: Problem, placement: Placement) -> str:
     return f"all on {kinds.pop()}" if len(kinds) == 1 else ", ".join(f"{phase} {kind}" for phase, kind in by.items())
 
 
+@checked
 def picture(frame: pd.DataFrame, x: str, y: str, path: str | Path) -> Path:
     """Draw which placement wins where: a cell for each pair of two inputs, in the colour of its `wins`. Raises NameUnknownError, OutputError."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
+    inputs = [name for name in frame if name not in (*GIVES, "wins", "why_not")]
     for name in (x, y):
-        if name not in frame:
-            raise NameUnknownError.among("input", name, list(frame))
+        if name not in inputs:
+            raise NameUnknownError.among("input", str(name), inputs, where="picture(frame, x, y, path)")
+    if x == y:
+        raise PlacementError(f"a map has two inputs, both are {x!r}", where="picture(frame, x, y, path)", mend=f"name two of {', '.join(inputs)}")
     table = frame.pivot_table(index=y, columns=x, values="wins", aggfunc=lambda values: values.iloc[0] or "nothing fits", sort=False)
     names = sorted(set(table.to_numpy().ravel()))
     colours = [plt.get_cmap("tab10")(i % 10) for i in range(len(names))]

@@ -94,6 +94,10 @@ def test_the_picture_of_a_sweep(tmp_path: Path) -> None:
     assert picture(frame, "a", "b", tmp_path / "m.png").stat().st_size > 1000
     with pytest.raises(NameUnknownError):
         picture(frame, "a", "c", tmp_path / "m.png")
+    with pytest.raises(NameUnknownError, match="no input called 'wins'"):
+        picture(frame, "a", "wins", tmp_path / "m.png")
+    with pytest.raises(PlacementError, match="a map has two inputs"):
+        picture(frame, "a", "a", tmp_path / "m.png")
 
 
 def test_wins_names_machines_by_phase() -> None:

@@ -10,6 +10,7 @@ from partition.errors import InfeasibleError
 from partition.evaluation import evaluate
 from partition.explanation import explain
 from partition.fleet import fleet
+from partition.policies.single import single
 from partition.problem import pose
 from partition.profiles import cluster
 
@@ -67,3 +68,12 @@ def test_what_does_not_fit_is_said() -> None:
     problem, _ = posed("trn2_efa_cs3", name="llama-3.1-70b", prompt=2048, new_tokens=16, seed=None)
     with pytest.raises(InfeasibleError, match=r"^split: "):
         explain(problem)
+
+
+def test_idle_wafers_change_no_plan() -> None:
+    """A model that one wafer holds is as fast on it, whether three more stand beside it or not."""
+    found = []
+    for name in ("trn2_efa_cs3", "trn2_efa_4cs3"):
+        problem, _ = posed(name)
+        found.append(evaluate(problem, single(problem, kind="cs3")))
+    assert found[0].ttft == found[1].ttft and found[0].tpot == found[1].tpot and found[0].throughput == found[1].throughput

@@ -63,3 +63,14 @@ def test_every_assumed_or_derived_number_of_the_package_has_a_band_but_free_link
         for number, _, q in quantities(profiles.cluster(name)):
             if q.kind in (Kind.ASSUMED, Kind.DERIVED) and q.low is None:
                 assert number.endswith(("swarm.price", "region.lanes", "contraction_latency", "systolic.step")), f"{name}: {number}"
+
+
+def test_prices_and_bandwidths_by_keyword_take_units_too() -> None:
+    base = profiles.cluster("trn2_efa_cs3")
+    assert float(base.replace(price={"cs3": "36 $/h"}).mesh("cs3").device.price) == 0.01
+    assert next(float(e.link.beta) for e in base.replace(beta={"efa_v3": "50 GB/s"}).edges) == 50e9
+    for wrong in ({"price": {"cs3": "90"}}, {"beta": {"efa_v3": "fast"}}):
+        with pytest.raises(PartitionError, match="is no (price|bandwidth)"):
+            base.replace(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(PartitionError, match="says nothing by name"):
+        base.replace(5)  # type: ignore[arg-type]

@@ -103,3 +103,12 @@ def test_wrong_use_is_said_in_three_lines(tmp_path: Path) -> None:
         assert said in done.stdout, said
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-o", "partition_devices=many", "test_wrong.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=100)
     assert "partition_devices is 'many'" in done.stdout + done.stderr and "INTERNALERROR" not in done.stdout
+
+
+def test_a_module_that_starts_jax_as_it_is_imported_has_its_devices(tmp_path: Path) -> None:
+    (tmp_path / "test_early.py").write_text(
+        "import jax.numpy as jnp\n\nW = jnp.ones((8, 8)) * 0.1\n\n\ndef test_early(partition_equivalence):\n"
+        "    assert partition_equivalence(lambda w, x: jnp.tanh(x @ w) @ w, (W, jnp.ones((2, 8))), policy='random', cluster='trn2_efa_4cs3').equal\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "test_early.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert "1 passed" in done.stdout, done.stdout
