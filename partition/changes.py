@@ -68,9 +68,9 @@ class Changes:
         if not self.inputs and self.before == self.after and not self.moved:
             return "the plans are the same"
         told = {c.what for c in self.causes}
-        rows = [(c.what, *c.sides, outcome(c.alone[self.objective], self.objective), _share(c.alone[self.objective], self.before[self.objective])) for c in self.causes]
+        rows = [(c.what, *c.sides, outcome(c.alone[self.objective], self.objective), _share(c.alone[self.objective], self.before[self.objective]), self._most(c)) for c in self.causes]
         if rows:
-            parts.append(table("Inputs that differ, each alone", ("input", "first", "second", self.objective, "effect"), rows))
+            parts.append(table("Inputs that differ, each alone", ("input", "first", "second", self.objective, "effect", "what moves most"), rows))
         if rest := [(c.what, *c.sides, c.why_not) for c in self.inputs if c.what not in told]:
             parts.append(table("Other inputs" if rows else "Inputs that differ", ("input", "first", "second", ""), rest))
         kept = self.kept or {}
@@ -78,6 +78,12 @@ class Changes:
         if self.moved:
             parts.append(table("Nodes that moved", ("phase", "from", "to", "nodes"), [(*k, str(n)) for k, n in sorted(self.moved.items())]))
         return "\n\n".join(parts)
+
+    def _most(self, change: Change) -> str:
+        """The outcome that an input moves most, as a share of what it was."""
+        moved = {k: change.alone[k] / self.before[k] - 1 for k in OUTCOMES if self.before[k]}
+        name = max(moved, key=lambda k: abs(moved[k]), default="")
+        return f"{name} {_share(change.alone[name], self.before[name])}" if name and moved[name] else "nothing"
 
 
 def _share(after: float, before: float) -> str:

@@ -197,7 +197,7 @@ def explain_command(
     from partition.units import dollars, seconds
 
     with progress() as say:
-        if model.endswith(".json") or os.sep in model or (Path(model) / "plan.json").exists():
+        if model.endswith(".json") or os.sep in model or Path(model).is_dir():
             said = {"--prompt": prompt, "--new-tokens": new_tokens, "--batch": batch, "--trips": trips, "--limit": limits, "--keep": keep, "--set": sets}
             if wrong := [name for name, value in said.items() if value]:
                 raise PartitionError(f"{wrong[0]} is for a model that is planned anew", where=f"explain {model}", mend="leave it out, or name the model: the plan has its own")

@@ -202,8 +202,10 @@ def _named(group: str, name: str, known: Mapping[str, Any], kind: str) -> Any:
         try:
             return functools.reduce(getattr, attr.split("."), importlib.import_module(module))
         except (Exception, SystemExit) as error:
-            raise NameUnknownError(f"{kind} {name!r} cannot be imported: {told(error)}", where=user_line(error),
-                                   mend="write module:attribute of something that imports from here") from None  # fmt: skip
+            where = user_line(error)
+            own = not where.startswith((os.path.dirname(__file__), "<frozen"))  # else the module itself is not there
+            raise NameUnknownError(f"{kind} {name!r} cannot be imported: {told(error)}", where=where if own else name,
+                                   mend=f"write {module.removesuffix('.py')}:{attr}, without .py" if module.endswith(".py") else "write module:attribute of something that imports from here") from None  # fmt: skip
         finally:
             sys.path.remove(os.getcwd())
     raise NameUnknownError.among(kind, name, [*known, *points], mend="or name your own as module:attribute")

@@ -170,10 +170,11 @@ class _Part:
                     waiting.append(item)
                 more = False
             there = {name for _, name, array in waiting if not hasattr(array, "is_ready") or array.is_ready()}
+            now = time.monotonic()  # of all alike: what one stage made is there at one time, though it is sent one after the other
             for peer, name, array in (item for item in waiting if item[1] in there):
                 try:
                     found = _jax.to_numpy(array)
-                    self.ready[name] = time.monotonic()
+                    self.ready[name] = now
                     self.wire.send(peer, name, found)
                 except Exception as error:  # said by finish(), on the thread that asked
                     self.failed = error

@@ -70,6 +70,8 @@ def _find(name: str, table: Table, beside: Path | None = None) -> Path:
     near = _index(beside) if beside is not None and beside not in folders() else {}
     if beside is not None and (file := beside / f"{name}.toml").exists():
         raise NameUnknownError(f"{file.name} holds no [{table}]", where=str(file), mend=f"let a line of it be [{table}]")
+    if Path(f"{name}.toml").exists():
+        raise NameUnknownError(f"there is no {table} called {name!r}", where=f"{table} {name!r}", mend=f"did you mean the file {name}.toml?")
     raise NameUnknownError.among(table, name, {*names(table), *near.get(table, {})}, mend="or name a .toml file of your own")
 
 

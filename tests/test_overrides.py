@@ -70,7 +70,7 @@ def test_prices_and_bandwidths_by_keyword_take_units_too() -> None:
     assert float(base.replace(price={"cs3": "36 $/h"}).mesh("cs3").device.price) == 0.01
     assert next(float(e.link.beta) for e in base.replace(beta={"efa_v3": "50 GB/s"}).edges) == 50e9
     for wrong in ({"price": {"cs3": "90"}}, {"beta": {"efa_v3": "fast"}}):
-        with pytest.raises(PartitionError, match="is no (price|bandwidth)"):
+        with pytest.raises(PartitionError, match=r"is no (price|bandwidth)"):
             base.replace(**wrong)  # type: ignore[arg-type]
     with pytest.raises(PartitionError, match="says nothing by name"):
         base.replace(5)  # type: ignore[arg-type]
