@@ -27,7 +27,7 @@ from partition.arguments import checked
 from partition.counterparts import parting
 from partition.dispatch import transfers
 from partition.distances import TOLERANCE, Choices, Difference, against, choices, compare, floating, judged, parts
-from partition.errors import EquivalenceError, ExecutionError, PartitionError, told, user_line
+from partition.errors import EquivalenceError, ExecutionError, PartitionError, told, written_at
 from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
 from partition.graph import Value
 from partition.program import Program, trace
@@ -239,7 +239,7 @@ def _called(name: str, fn: Callable[..., Any], args: Any) -> Any:
         try:  # some only run traced, such as those that index NumPy weights by traced tokens
             result = jax.jit(fn)(*_copied(args))
         except Exception:
-            raise ExecutionError(f"the {name} raised {told(error)}", where=user_line(error), mend="make it run by itself first") from error
+            raise ExecutionError(f"the {name} raised {told(error)}", where=written_at(error), mend="make it run by itself first") from error
     for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
         if np.asarray(_jax.to_numpy(leaf)).dtype.kind in "OUSMm":
             raise ExecutionError(f"output {jax.tree_util.keystr(path) or 'result'} of the {name} is a {type(leaf).__name__}", where=getattr(fn, "__qualname__", name), mend="give arrays and numbers")

@@ -183,7 +183,9 @@ WATCH: contextvars.ContextVar[Callable[[Problem, Placement, Estimate], None] | N
 
 @checked
 def evaluate(problem: Problem, placement: Placement, *, record: list[Slot] | None = None) -> Estimate:
-    """Every objective of a placement. With `record`, the slots of the schedule (first trips only) are appended to it."""
+    """Every objective of a placement. With `record`, the slots of the schedule (first trips only) are appended to it. Raises PlacementError for a mesh that is not there."""
+    if placement.mesh.size and not 0 <= int(placement.mesh.min()) <= int(placement.mesh.max()) < len(problem.meshes):
+        raise PlacementError(f"the placement names meshes {placement.mesh.min()} to {placement.mesh.max()}", where="evaluate(placement=...)", mend=f"give numbers from 0 to {len(problem.meshes) - 1}")
     if problem.rates is not None:
         found = _flooded(problem, placement)
     else:

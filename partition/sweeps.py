@@ -57,6 +57,8 @@ def sweep(
         raise PlacementError("a sweep without values has no cells", where="sweep(over=...)", mend="give each input the values it takes")
     if wrong := sorted(set(sizes) - set(SIZES)):
         raise NameUnknownError.among("size", wrong[0], SIZES)
+    if bad := [name for name, n in sizes.items() if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1]:
+        raise PlacementError(f"{bad[0]} cannot be {sizes[bad[0]]!r}", where=f"sweep({bad[0]}=...)", mend="give a whole number from 1")
     quantities = [name for name in over if name not in SIZES]
     for name in quantities:
         try:
@@ -123,6 +125,8 @@ def picture(frame: pd.DataFrame, x: str, y: str, path: str | Path) -> Path:
     for name in (x, y):
         if name not in inputs:
             raise NameUnknownError.among("input", str(name), inputs, where="picture(frame, x, y, path)")
+    if not len(frame):
+        raise PlacementError("there are no cells to draw", where="picture(frame, x, y, path)", mend="give the rows that sweep() gave")
     if x == y:
         raise PlacementError(f"a map has two inputs, both are {x!r}", where="picture(frame, x, y, path)", mend=f"name two of {', '.join(inputs)}")
     table = frame.pivot_table(index=y, columns=x, values="wins", aggfunc=lambda values: values.iloc[0] or "nothing fits", sort=False)

@@ -96,6 +96,10 @@ def test_the_picture_of_a_sweep(tmp_path: Path) -> None:
         picture(frame, "a", "c", tmp_path / "m.png")
     with pytest.raises(NameUnknownError, match="no input called 'wins'"):
         picture(frame, "a", "wins", tmp_path / "m.png")
+    with pytest.raises(PlacementError, match="no cells to draw"):
+        picture(frame.head(0), "a", "b", tmp_path / "m.png")
+    with pytest.raises(PlacementError, match="batch cannot be '2'"):
+        sweep("tiny", {"prompt": [8]}, cluster="trn2_efa_cs3", batch="2")  # type: ignore[arg-type]
     with pytest.raises(PlacementError, match="a map has two inputs"):
         picture(frame, "a", "a", tmp_path / "m.png")
 
