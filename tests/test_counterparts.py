@@ -120,7 +120,7 @@ def model(dtype: str) -> tuple[Any, Any]:
     return llama.generation("tiny", batch=1, prompt=10, new_tokens=4, seed=0, logits=True, dtype=dtype)
 
 
-@pytest.mark.parametrize("kind", ["sin for cos", "a difference for a sum", "operands exchanged", "a slice moved", "a cast"])
+@pytest.mark.parametrize("kind", ["sin for cos", "a cast", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("a difference for a sum", "operands exchanged", "a slice moved"))])
 def test_the_op_of_a_mutant_of_a_model_is_named(kind: str) -> None:
     """Before the token loop and inside it, in a callable that is no cut of ours."""
     fn, args = model("float32")
