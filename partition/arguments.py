@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 def checked(verb: Callable[P, R]) -> Callable[P, R]:
     """The verb, which raises ArgumentError for an argument of another type."""
-    parameters = [p for p in inspect.signature(verb).parameters.values()]
+    parameters = list(inspect.signature(verb).parameters.values())
     kinds = {p.name: found for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and (found := _kinds(str(p.annotation)))}
     places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     name = verb.__qualname__.removesuffix(".__init__")

@@ -127,9 +127,11 @@ class _Some:
         ends, shown = [prefill_end], min(trips, 3)
         for trip in range(shown):
             ends.append(self.run(self.of.inside, ("forward", "handoff") if trip == 0 else ("forward", "handoff", "carry"), trip))
-        with np.errstate(invalid="ignore"):  # what never ends on a mesh that it cannot reach
-            last = np.nan_to_num(ends[-1] - ends[-2], nan=np.inf, posinf=np.inf) if shown else 0.0
-        tpot = np.maximum(last, self.work(self.of.inside).max(axis=1)) if shown else np.zeros(len(self.rows))
+        tpot = np.zeros(len(self.rows))
+        if shown:
+            with np.errstate(invalid="ignore"):  # what never ends on a mesh that it cannot reach
+                last = np.nan_to_num(ends[-1] - ends[-2], nan=np.inf, posinf=np.inf)
+            tpot = np.maximum(last, self.work(self.of.inside).max(axis=1))
         end = (self.run(self.of.after, ("forward", "result"), 0) if self.of.after else ends[-1]) + (trips - shown) * tpot
         return {"ttft": ready, "tpot": tpot, "e2e": np.maximum(end, ready)}
 

@@ -20,6 +20,7 @@ from partition.pipeline import Plan, plan, request
 from partition.problem import Placement
 from partition.tables import table
 from partition.units import outcome, shown
+from partition.workload import USUAL, sizes_in
 
 if TYPE_CHECKING:
     from partition.program import Program
@@ -154,7 +155,7 @@ def _tried(a: Plan, b: Plan, change: Change, numbers: Collection[str], traced: C
     try:
         if change.what in asked:
             asked[change.what] = b.request[change.what]
-        elif change.what in ("prompt", "new_tokens", "batch"):
+        elif change.what in USUAL:
             return dataclasses.replace(change, why_not="one of the models has its own")
         elif change.what == "policy":
             policy = b.policy
@@ -168,7 +169,7 @@ def _tried(a: Plan, b: Plan, change: Change, numbers: Collection[str], traced: C
         else:
             cluster = cluster.replace({change.what: change.after})
         say(f"make the first plan with {change.what} {change.sides[1]}")
-        program = traced(asked["model"], tuple((k, v) for k, v in asked.items() if k in ("prompt", "new_tokens", "batch")))
+        program = traced(asked["model"], tuple(sizes_in(asked).items()))
         made = plan(program, cluster=cluster, policy=policy, objective=objective, limits=limits, trips=asked.get("trips"), sharding=asked.get("sharding", "search"))
         return dataclasses.replace(change, alone=outcomes(made.estimate))
     except PartitionError as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from partition.errors import EquivalenceError, ExitCode, NameUnknownError, PartitionError, ProfileError
+from partition.workload import USUAL
 
 if TYPE_CHECKING:
     from partition.hardware import Cluster
@@ -53,10 +54,6 @@ def progress() -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield lambda what: status.update(what)
-
-
-USUAL = {"batch": 1, "prompt": 2048, "new_tokens": 256}
-"""The sizes of a request, unless told."""
 
 
 def sizes_of(model: str, usual: Mapping[str, int] = USUAL, **said: int | None) -> dict[str, int]:

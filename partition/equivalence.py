@@ -132,8 +132,9 @@ def check(
     truth = functools.cache(lambda: References(stages, loaded, strict, trips, wide=True))
     if culprit is None and tolerance is None and not all(d.equal for d in (*outputs, *boundaries)):
         ours, theirs = (jax.tree_util.tree_leaves(x) for x in (reference, result))
-        outputs = _judged(outputs, [(t, None) for t in program.graph.outputs], [-1] * len(outputs), ours, theirs, truth, _roughest(program), _size((*loaded.values(), reference)))
-        boundaries = _judged(boundaries, [k.value for k in kept], [k.trip for k in kept], [k.reference for k in kept], [k.array for k in kept], truth, _roughest(program), _size((*loaded.values(), reference)))
+        rough, size = _roughest(program), _size((*loaded.values(), reference))
+        outputs = _judged(outputs, [(t, None) for t in program.graph.outputs], [-1] * len(outputs), ours, theirs, truth, rough, size)
+        boundaries = _judged(boundaries, [k.value for k in kept], [k.trip for k in kept], [k.reference for k in kept], [k.array for k in kept], truth, rough, size)
     if culprit is None and not all(d.equal for d in boundaries):
         culprit = divergence.culprit(stages, record, refs, lambda a, b: "" if (d := compare("it", a, b, tolerance or TOLERANCE)).equal else str(d))
     equal = all(d.equal for d in outputs) and culprit is None
@@ -181,10 +182,15 @@ def _hold_numbers(verdict: Verdict, reference: Any, args: Any) -> None:
     """Raises EquivalenceError for an output or an argument without a number: NaN that equals NaN shows nothing."""
     given = ((f"argument {jax.tree_util.keystr(path)}", leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0])
     for name, leaf in (*((f"output {d.name}", leaf) for d, leaf in zip(verdict.outputs, jax.tree_util.tree_leaves(reference), strict=True)), *given):
-        if floating(str(getattr(leaf, "dtype", ""))) and leaf.size and np.isnan(parts(_jax.to_numpy(leaf)).astype(np.float64)).all():
+        if floating(str(getattr(leaf, "dtype", ""))) and leaf.size and _is_nan(_jax.to_numpy(leaf).ravel()):
             what = f"every number of {name} is NaN, so nothing is shown"
             empty = dataclasses.replace(verdict, equal=False, bitwise=False, culprit=what, cut="not told: there are no numbers", sharding="")
             raise _refused(empty, what, where=f"{leaf.dtype}{list(leaf.shape)}", mend="look for the first NaN: jax.config.update('jax_debug_nans', True)")
+
+
+def _is_nan(flat: np.ndarray) -> bool:
+    """Whether every number is NaN; of most arrays the first one tells."""
+    return all(bool(np.isnan(parts(part).astype(np.float64)).all()) for part in (flat[:1], flat))
 
 
 def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tolerance: Mapping[str, float] | None, oracle: bool) -> Verdict:
@@ -198,18 +204,20 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
         raise EquivalenceError("the two give results of other structures", where=f"{str(one)[:80]} and {str(other)[:80]}", mend="let both give the same tree of arrays")
     outputs, culprit = _compared(want, got, tolerance), None
     beyond = tolerance is None and not all(d.equal for d in outputs)
+    traced = functools.cache(lambda: trace(reference, *args))
     if oracle or beyond:
         truth = _wide(reference, args) or [None] * len(outputs)
         rows = (jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got))
         outputs = _against(outputs, truth, *rows) if oracle else outputs
-        rough = 0.0
-        with contextlib.suppress(Exception):  # what JAX cannot trace has no float64 either
-            rough = _roughest(trace(reference, *args))
-        outputs = tuple(d if t is None else judged(d, t, a, b, rough, _size((args, want))) for d, t, a, b in zip(outputs, truth, *rows, strict=True)) if beyond else outputs
+        if beyond:
+            rough, size = 0.0, _size((args, want))
+            with contextlib.suppress(Exception):  # what JAX cannot trace has no float64 either
+                rough = _roughest(traced())
+            outputs = tuple(d if t is None else judged(d, t, a, b, rough, size) for d, t, a, b in zip(outputs, truth, *rows, strict=True))
     equal = all(d.equal for d in outputs)
     if not equal:
         with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
-            culprit = parting(trace(reference, *args), trace(candidate, *args), tuple(args), lambda a, b: "" if (d := compare("it", a, b, tolerance or TOLERANCE)).equal else str(d))
+            culprit = parting(traced(), trace(candidate, *args), tuple(args), lambda a, b: "" if (d := compare("it", a, b, tolerance or TOLERANCE)).equal else str(d))
     bitwise = equal and all(d.bitwise for d in outputs)
     verdict = Verdict(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=_tokens_alone(outputs), stages=0, moved_bytes=0, planned_bytes=0,

@@ -33,12 +33,13 @@ def _exported(plan_file: Path, out: Path, seed: int | None, streamed: bool) -> t
     from partition.artifacts import export
     from partition.pipeline import Plan, again, model_bytes, request
     from partition.stages import cut
+    from partition.workload import sizes_in
 
     with progress() as say:
         say("trace the plan's model again")
         saved = Plan.load(plan_file)
         if seed is not None and (name := str(saved.request.get("model", ":"))) and ":" not in name:
-            hold_to_host(name, model_bytes(request(name, **{k: v for k, v in saved.request.items() if k in ("prompt", "new_tokens", "batch")})[1]))
+            hold_to_host(name, model_bytes(request(name, **sizes_in(saved.request))[1]))
         made, args = again(saved, seed=seed)
         assert made.problem.phases is not None
         stages = cut(made.problem.phases.program, made.placement, streamed=streamed)

@@ -69,13 +69,13 @@ def effects(stages: Stages, *args: Any, wires: Sequence[str] = ("bfloat16", "flo
 
 
 def _phase(stages: Stages, stage: Stage) -> str:
-    """The phase of a stage's ops: decode for the token loop and its body, "prefill and decode" for a stage that holds both."""
+    """The phase of a stage's ops: decode for the token loop and its body, "both phases in one" for a stage that holds both."""
     phases = stages.problem.phases
     assert phases is not None
     found = {phases.of.get(op.id, Phase.NONE) for op, _ in stage.items} - {Phase.NONE, Phase.BOTH}
     if stage.region != "top" or any(op.id == phases.loop for op, _ in stage.items):
         found.add(Phase.DECODE)
-    return ("both phases in one" if {Phase.PREFILL, Phase.DECODE} <= found else " ".join(sorted(str(p) for p in found))) or "the rest"
+    return ("both phases in one" if {Phase.PREFILL, Phase.DECODE} <= found else "".join(map(str, found))) or "the rest"
 
 
 def _run(stages: Stages, args: tuple[Any, ...], target: Target | None, progress: Callable[[str], None] | None, name: str) -> tuple[list[np.ndarray], int]:

@@ -36,6 +36,7 @@ from partition.problem import Placement, Problem
 from partition.shipped import OURS, shipped
 from partition.soundness import hold_sound
 from partition.work import Work
+from partition.workload import sizes_in
 
 if TYPE_CHECKING:
     from partition.program import Program
@@ -147,7 +148,7 @@ def again(saved: Plan, *, seed: int | None = None) -> tuple[Plan, tuple[Any, ...
     if not saved.request or saved.problem.cluster is None:
         raise PlacementError("the plan does not say what made its program (it was made in Python)", where=saved.title, mend="plan a model by name on the command line, or use the plan that you have in Python: export(plan.stages, folder, *args)")
     said = dict(saved.request)
-    fn, args = request(said.pop("model"), **{k: v for k, v in said.items() if k in ("prompt", "new_tokens", "batch")}, seed=seed)
+    fn, args = request(said.pop("model"), **sizes_in(said), seed=seed)
     posed = problem.pose(phases.tag(program.trace(fn, *args)), saved.problem.cluster, objective=saved.problem.objective, trips=said.get("trips"), sharding=said.get("sharding", "search"))
     if posed.names != saved.problem.names:
         raise PlacementError("the model gives another program than the one that was planned", where=f"{len(posed)} nodes, the plan has {len(saved.problem)}", mend="plan it again with this version")

@@ -22,6 +22,7 @@ from partition.parallel import each
 from partition.phases import Phase
 from partition.pipeline import place, policy
 from partition.problem import Placement, Problem, on, pose
+from partition.workload import USUAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from partition.hardware import Cluster
     from partition.policies import Policy
 
-SIZES = ("batch", "prompt", "new_tokens")
+SIZES = tuple(USUAL)
 GIVES = ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")
 
 
@@ -89,8 +90,7 @@ def _cells(model: str | Callable[..., Any], size: dict[str, int], cells: Sequenc
     from partition.pipeline import request, sized
     from partition.program import trace
 
-    usual = {"batch": 1, "prompt": 2048, "new_tokens": 256}
-    whole = sized(model, size, usual) if isinstance(model, str) else usual | size
+    whole = sized(model, size, USUAL) if isinstance(model, str) else USUAL | size
     fn, args = request(model, **whole) if isinstance(model, str) else model(**whole)
     base = pose(tag(trace(fn, *args)), machines, objective=objective, limits=limits)
     rows = []

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+USUAL = {"batch": 1, "prompt": 2048, "new_tokens": 256}
+"""The sizes of a request, unless told (assumed)."""
+
+
+def sizes_in(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes among what a plan was asked with."""
+    return {name: n for name, n in request.items() if name in USUAL}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
