@@ -153,11 +153,15 @@ def recomputed(stages: Stages, record: Record, refs: References, tensor: int) ->
     stage = next((s for s in stages.all if any((tensor, None) in writes(op, span) for op, span in s.items)), None)
     if stage is None:
         return {}
-    exposed, _ = _jax.expose(stage.jaxpr)
-    made = [v for op, span in stage.items for v in writes(op, span)]
-    fn = jax.jit(_jax.as_function(exposed), compiler_options=refs.options)
+
+    def compiled() -> Callable[..., Any]:
+        inner = _jax.as_function(_jax.expose(stage.jaxpr)[0])
+        at = [v for op, span in stage.items for v in writes(op, span)].index((tensor, None))
+        return jax.jit(lambda *inputs: inner(*inputs)[at], compiler_options=refs.options)
+
+    fn = refs.runner.once(("inside", stage.id, tensor, *refs.options.items()), compiled)
     trips = sorted({trip for s, trip, _ in record.kept if s == stage.id})
-    return {trip: np.asarray(fn(*_read(stages, stage, record, refs, trip))[made.index((tensor, None))]) for trip in trips}
+    return {trip: np.asarray(fn(*_read(stages, stage, record, refs, trip))) for trip in trips}
 
 
 def _first_equation(clean: Any, given: Any, inputs: Sequence[Any], options: Any, differs: Differs, theirs: bool = False) -> tuple[int, str, str] | None:

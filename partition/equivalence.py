@@ -95,7 +95,7 @@ def check(
 ) -> Verdict:  # fmt: skip
     """Run cut and uncut and compare outputs and stage boundaries (inside a cut token loop: of its first `trips` trips and the last).
 
-    strict: compile both under `execution.STRICT`. tolerance: dtype -> share of scale (or one number for all), in place of what TOLERANCE has for it. oracle: hold both against float64 too.
+    strict: compile both under `execution.STRICT`. runner: `prepare(stages)`; further checks with it compile nothing. tolerance: dtype -> share of scale (or one number for all), in place of what TOLERANCE has for it. oracle: hold both against float64 too.
     `check(reference, candidate, args)` compares two callables instead, for those who partition by their own means.
     What is beyond the default tolerance is judged by float64: it is equal where it is as near to that as the uncut program's own numbers are.
     Raises EquivalenceError, with the verdict, where they differ by more than that, where every number of an output is NaN, and where the model
@@ -122,14 +122,14 @@ def check(
     except Exception as error:
         where = divergence.misread(stages)
         raise _refused(_unrun(stages, where or told(error)), f"the stages cannot be run: {told(error)}", where=where or f"{len(stages.all)} stages", mend="look at the op named" if where else "report it: the steps are those of the placement") from error
-    reference = uncut(program, strict=strict)(*args)
+    reference = _uncut(runner, strict)(*args)
     chosen = logits(program)
-    refs = References(stages, loaded, strict, trips, more=frozenset(t for t, _ in chosen))
+    refs = References(runner, loaded, strict, trips, more=frozenset(t for t, _ in chosen))
     outputs = _compared(reference, result, tolerance)
     kept, misread = _kept(stages, record, refs), divergence.misread(stages)
     boundaries = tuple(compare(k.name, k.reference, k.array, tolerance) for k in kept)
     culprit = misread
-    truth = functools.cache(lambda: References(stages, loaded, strict, trips, wide=True))
+    truth = functools.cache(lambda: References(runner, loaded, strict, trips, wide=True))
     if culprit is None and tolerance is None and not all(d.equal for d in (*outputs, *boundaries)):
         ours, theirs = (jax.tree_util.tree_leaves(x) for x in (reference, result))
         rough, size = _roughest(program), _size((*loaded.values(), reference))
@@ -162,6 +162,16 @@ def check(
     if not equal:
         raise _refused(verdict, "cut and uncut program differ", where=culprit or "; ".join(str(d) for d in outputs if not d.equal), mend="look at the op named: its stage, its sharding, or the value that reached it")
     return verdict
+
+
+def _uncut(runner: Runner, strict: bool) -> Callable[..., Any]:
+    """The uncut program, compiled once for all checks with a runner."""
+    return runner.once(("uncut", strict), lambda: uncut(runner.program, strict=strict))
+
+
+def _alone(runner: Runner, strict: bool) -> Runner:
+    """The same stages with nothing sharded."""
+    return runner.once(("alone", strict), lambda: prepare(runner.stages, strict=strict, alone=True))
 
 
 def _unrun(stages: Stages, culprit: str) -> Verdict:
@@ -288,11 +298,11 @@ def _reasons(
         return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ by the order of its sums" if shared else none
     alone, sharding = outputs, none
     if shared:
-        alone, worst = _compared(reference, prepare(stages, strict=strict, alone=True)(*args), tolerance), max(outputs, key=lambda d: d.relative)
+        alone, worst = _compared(reference, _alone(runner, strict)(*args), tolerance), max(outputs, key=lambda d: d.relative)
         sharding = f"yes, by the order of its sums: {worst}" if all(d.bitwise for d in alone) else f"it adds to what the cut changes: {worst}"
     if all(d.bitwise for d in alone):
         return "yes, bit for bit on one host device a mesh", sharding
-    if not strict and all(d.bitwise for d in _compared(uncut(stages.program)(*args), prepare(stages, alone=True)(*args), tolerance)):
+    if not strict and all(d.bitwise for d in _compared(_uncut(runner, True)(*args), _alone(runner, True)(*args), tolerance)):
         return "yes: bit for bit under strict options; the default ones fuse across the cut and keep excess precision", sharding
     return "yes, within bounds: the compiler orders or fuses a part otherwise than the whole (such as a loop of one trip)", sharding
 

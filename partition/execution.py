@@ -15,7 +15,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ def strict_options() -> Mapping[str, Any]:
             known[name] = value
     return known
 
+
+T = TypeVar("T")
 
 Placed = dict[tuple[Value, int], tuple[Any, Any]]
 """(value, mesh) -> (the array that was given, the array as it lies on the mesh)."""
@@ -153,6 +155,7 @@ class Runner:
             self.layouts[m] = narrowed(wide, self.program.graph, sizes[m])
         self.compiled: dict[int, Callable[..., Any]] = {}
         self._shardings: dict[tuple[Value, int], NamedSharding] = {}
+        self._beside: dict[Any, Any] = {}
         self.unique = 0
         self._compile(progress)
 
@@ -235,6 +238,13 @@ class Runner:
         placed: Placed = {}
         with concurrent.futures.ThreadPoolExecutor(under_way or len(self.meshes)) as pool:
             return list(pool.map(lambda args: self.run(self.load(*args), placed=placed)[0], requests))
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What a check of these stages compiles beside them, such as the uncut program: made by the first that asks, kept for the next."""
+        if key not in self._beside:
+            self._beside[key] = make()
+        made: T = self._beside[key]
+        return made
 
     def __call__(self, *args: Any) -> Any:
         return self.run(self.load(*args))[0]

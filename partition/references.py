@@ -14,10 +14,9 @@ import numpy as np
 
 from partition import _jax
 from partition._jax.lifting import Float64, interpreted
-from partition.execution import strict_options
+from partition.execution import Runner, strict_options
 from partition.graph import Item, Op, Role, Value, writes
 from partition.program import Program
-from partition.stages import Stages
 
 
 def logits(program: Program) -> tuple[tuple[int, str], ...]:
@@ -38,10 +37,11 @@ def _chosen(ops: Sequence[Op], program: Program) -> list[int]:
 
 
 class References:
-    """Values of the uncut program on one host device. more: tensors that are wanted beside those at stage boundaries; wide: in float64."""
+    """Values of the uncut program on one host device. runner: of the stages; it keeps what is compiled here for the next check. more: tensors that are
+    wanted beside those at stage boundaries; wide: in float64."""
 
-    def __init__(self, stages: Stages, loaded: Mapping[int, Any], strict: bool, trips: int, *, more: frozenset[int] = frozenset(), wide: bool = False):
-        self.program, self.stages, self.loaded = stages.program, stages, loaded
+    def __init__(self, runner: Runner, loaded: Mapping[int, Any], strict: bool, trips: int, *, more: frozenset[int] = frozenset(), wide: bool = False):
+        self.runner, self.stages, self.program, self.loaded = runner, runner.stages, runner.program, loaded
         self.lowered = self.program.entry.lowered
         self.options = dict(strict_options()) if strict else {}
         self.trips, self.more, self.wide = trips, more, wide
@@ -68,7 +68,11 @@ class References:
         inputs = sorted({t for op, _ in items for t in op.inputs if t not in made and tensors[t].role is not Role.LITERAL})
         wanted = [t for t in wanted if t in made]
         jaxpr = _jax.write(items, [(t, None) for t in inputs], [(t, None) for t in wanted], self.lowered, name="reference")
-        fn = jax.jit(interpreted(jaxpr, Float64())) if self.wide else jax.jit(_jax.as_function(jaxpr), compiler_options=self.options)
+
+        def compiled() -> Callable[..., Any]:
+            return jax.jit(interpreted(jaxpr, Float64())) if self.wide else jax.jit(_jax.as_function(jaxpr), compiler_options=self.options)
+
+        fn = self.runner.once(("reference", self.wide, *self.options.items(), *(op.id for op, _ in items), tuple(wanted)), compiled)
 
         def call(known: Mapping[int, Any]) -> dict[int, Any]:
             with jax.enable_x64(True) if self.wide else contextlib.nullcontext():

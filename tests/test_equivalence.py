@@ -300,3 +300,25 @@ def test_wrong_arguments_of_a_check() -> None:
 
     with pytest.raises(EquivalenceError, match="the candidate does not give the same numbers twice"):
         check(lambda x: x, other_each_time, (x,))
+
+
+def test_a_second_check_with_a_runner_compiles_nothing_and_still_finds_a_fault() -> None:
+    problem, args = posed("trn2_efa_4cs3", layers="scanned", logits=True)
+    stages = cut(problem.phases.program, POLICIES["random"](problem))  # type: ignore[union-attr]
+    runner, compiled = prepare(stages), list[str]()
+
+    def heard(event: str, seconds: float, **_: Any) -> None:
+        compiled.extend([event] if event.endswith("backend_compile_duration") else [])
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    check(stages, *args, runner=runner, oracle=True)
+    assert compiled  # else it is not heard
+    weights = jax.tree_util.tree_map(lambda w: w[..., ::-1], args[0])
+    compiled.clear()
+    assert check(stages, weights, *args[1:], runner=runner, oracle=True).equal
+    assert not compiled
+    stage = max((s for s in stages.all if s.outputs), key=lambda s: len(s.items))
+    good = runner.compiled[stage.id]
+    runner.compiled[stage.id] = lambda *arrays: [a + 1 if "float" in str(a.dtype) else a for a in good(*arrays)]
+    with pytest.raises(EquivalenceError):
+        check(stages, *args, runner=runner)
