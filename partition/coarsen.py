@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from partition.graph import Op, Role, Span, Tensor
@@ -69,8 +69,8 @@ def coarsen(phases: Phases, *, level: Literal["block", "op"] = "block", most: fl
         if level == "op":
             return [Block(items=((op, None),), phase=phases.of[op.id], region=region) for op in ordered]
         blocks = []
-        for phase in (Phase.BOTH, Phase.PREFILL, Phase.DECODE, Phase.NONE):
-            mine = [op for op in ordered if phases.of[op.id] is phase]
+        for mine in rounds(ordered, phases.of):
+            phase = phases.of[mine[0].id]
             runs = components(mine) if phase is Phase.BOTH else split_runs(mine, tensors, weights, most)
             blocks += [Block(items=items, phase=phase, region=region) for items in runs]
         return blocks
@@ -84,6 +84,20 @@ def coarsen(phases: Phases, *, level: Literal["block", "op"] = "block", most: fl
         blocks += cut(loop.loop.body.ops, "body", moving)
         blocks += cut(behind, "top", set(loop.outputs))
     return tuple(b for b in blocks if b.items)
+
+
+def rounds(ops: Sequence[Op], of: Mapping[int, Phase]) -> list[list[Op]]:
+    """Ops by phase, in an order that is topological: once through the phases, and once more for each time that an op needs a later phase
+    (the prompt of a chat's second turn, which reads what the first turn's token loop made)."""
+    ranks = {phase: n for n, phase in enumerate((Phase.BOTH, Phase.PREFILL, Phase.DECODE, Phase.NONE))}
+    made: dict[int, tuple[int, int]] = {}  # tensor -> (round, rank) of who made it
+    groups: dict[tuple[int, int], list[Op]] = {}
+    for op in ops:
+        rank = ranks[of[op.id]]
+        place = max((n + (before > rank) for n, before in (made[t] for t in op.inputs if t in made)), default=0), rank
+        made.update(dict.fromkeys(op.outputs, place))
+        groups.setdefault(place, []).append(op)
+    return [groups[place] for place in sorted(groups)]
 
 
 def late_statics(ops: Sequence[Op], moving: set[int]) -> list[Op]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from partition.errors import PhaseError
 from partition.graph import OPAQUE, Graph, Op, Tensor, bodies, entries
@@ -242,11 +242,13 @@ class TokenLoops:
     findings: tuple[Finding, ...] = ()
 
 
-def find_token_loop(program: Program, loop: int | None = None) -> TokenLoops:
-    """Find the token loop; `loop` is the user's word and always wins. Of several on the top level (turns of a chat) it is the last.
+def find_token_loop(program: Program, loop: int | Literal["none"] | None = None) -> TokenLoops:
+    """Find the token loop; `loop` is the user's word and always wins, "none" too. Of several on the top level (turns of a chat) it is the last.
 
     Raises PhaseError, with the candidates, where it lies inside another loop or branch.
     """
+    if loop == "none":
+        return TokenLoops(op=None, findings=(Finding(what="no token loop", why="the caller says so", confidence=1.0),))
     graph = program.graph
     found: list[tuple[Op, list[str]]] = []
     nested: list[Op] = []
@@ -272,7 +274,7 @@ def find_token_loop(program: Program, loop: int | None = None) -> TokenLoops:
         return _loops(own, "; ".join(("it runs the decode callable once a token", *program.joint.how)), 1.0, found)
     if not found and nested:
         raise PhaseError("the token loop lies inside another loop or branch", where="; ".join(f"op {o.id} at {program.source(o)}" for o in nested),
-                         mend="trace the function that holds the token loop on its top level")  # fmt: skip
+                         mend="trace the function that holds the token loop on its top level, or where that chooses no token: tag(program, loop='none')")  # fmt: skip
     if not found:
         return TokenLoops(op=None)
     op, reasons = found[-1]

@@ -14,7 +14,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from partition.arguments import checked
 from partition.errors import NameUnknownError, PhaseError
@@ -123,10 +123,10 @@ def _flat(graph: Graph, loop: int | None) -> list[Op]:
 
 @uncollected()
 @checked
-def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str, Phase | str] | None = None) -> Phases:
+def tag(program: Program, *, loop: int | Literal["none"] | None = None, phases: Mapping[int | str, Phase | str] | None = None) -> Phases:
     """Find the phase of every op and what crosses.
 
-    The caller's word wins over what is found: `loop` names the token loop by op id; `phases` gives the phase of ops by op id, or by
+    The caller's word wins over what is found: `loop` names the token loop by op id, or "none" where there is none; `phases` gives the phase of ops by op id, or by
     scope (an op in that scope or below it). Raises PhaseError, with the candidates, where the structure is ambiguous, and where
     phases given for ops contradict the order in which they run.
     """
@@ -136,7 +136,7 @@ def tag(program: Program, *, loop: int | None = None, phases: Mapping[int | str,
     of: dict[int, Phase] = {}
     if token_loop is None:
         single = passes(graph)
-        of, batch, findings = {n: Phase(p) for n, p in single.of.items()}, single.batch, single.findings
+        of, batch, findings = {n: Phase(p) for n, p in single.of.items()}, single.batch, (*findings, *single.findings)
     else:
         of, batch = _around(graph, token_loop, loops.others), batch_of(token_loop)
     _by_need(graph, token_loop, of)

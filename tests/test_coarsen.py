@@ -204,3 +204,39 @@ def test_a_program_without_a_token_loop_is_one_region() -> None:
     assert {(b.region, b.phase) for b in blocks} == {("top", Phase.PREFILL)}
     assert [op for b in blocks for op, _ in b.items] == list(phases.program.graph.ops)
     assert not any(bodies(op) for b in blocks for op, _ in b.items)
+
+
+def test_a_second_turn_of_a_chat_is_prefill_that_follows_decode() -> None:
+    """Its prompt reads what the first token loop made: blocks go through the phases twice, and whatever their placement, the cut runs."""
+    import numpy as np
+
+    from partition import profiles
+    from partition.equivalence import check
+    from partition.problem import pose
+    from partition.stages import cut
+
+    w = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+
+    def turn(w: Any, memory: Any, prompt: Any) -> tuple[Any, Any]:
+        memory = jnp.tanh(memory @ w + w[prompt].sum(0))  # the prompt
+
+        def step(carry: Any, _: Any) -> Any:
+            memory = jnp.tanh(carry[1] @ w + w[carry[0]])
+            return (jnp.argmax(memory @ w), memory), None
+
+        return jax.lax.scan(step, (prompt[-1], memory), None, length=3)[0]
+
+    def chat(w: Any, one: Any, other: Any) -> Any:
+        first, memory = turn(w, jnp.zeros(8), one)
+        return first, *turn(w, memory, other)
+
+    args = w, np.array([1, 2], np.int32), np.array([3, 4, 5], np.int32)
+    program = trace(chat, *args)
+    phases = tag(program)
+    blocks = coarsen(phases)
+    assert [p for p, _ in itertools.groupby(b.phase for b in blocks if b.region == "top")] == [Phase.PREFILL, Phase.DECODE, Phase.PREFILL]
+    problem = pose(phases, profiles.cluster("trn2_efa_4cs3"), sharding="tensor")
+    for seed in range(3):
+        meshes = np.random.default_rng(seed).integers(0, len(problem.meshes), len(problem))
+        assert check(cut(program, problem.placement(meshes)), *args).equal
+    check(cut(program, problem.placement([0] * len(problem))), *args)

@@ -195,9 +195,12 @@ def test_a_token_loop_inside_a_loop_is_refused() -> None:
     def fn(table: jax.Array, token: jax.Array) -> jax.Array:
         return lax.scan(lambda n, _: (n + tokens(table, token, 4)[1].sum(), None), jnp.int32(0), None, length=2)[0]
 
+    program = trace(fn, TABLE, struct(dtype=jnp.int32))
     with pytest.raises(PhaseError, match="inside another loop") as caught:
-        tag(trace(fn, TABLE, struct(dtype=jnp.int32)))
-    assert "top level" in caught.value.mend
+        tag(program)
+    assert "top level" in caught.value.mend and "loop='none'" in caught.value.mend
+    phases = tag(program, loop="none")
+    assert phases.loop is None and phases.handoff == () and phases.how[0] == "no token loop: the caller says so (confidence 1)"
 
 
 # loops and programs that are none -------------------------------------------------------------------------------------
