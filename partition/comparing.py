@@ -36,7 +36,9 @@ from partition.cli import (
 from partition.errors import ExitCode, NameUnknownError, PartitionError
 
 if TYPE_CHECKING:
+    from partition.bench import Result
     from partition.problem import Problem
+    from partition.ranks import Ranks
 
 
 Jobs = Annotated[int, typer.Option("--jobs", help="processes that run at once, -1 for one a core; then policies slow each other down")]
@@ -68,13 +70,11 @@ def compare_command(
     draws: Annotated[int, typer.Option("--draws", help="how many times numbers are drawn", min=1)] = 1000,
     jobs: Jobs = 1, seconds_each: Annotated[Optional[float], typer.Option("--seconds", help="how long a policy may take [s]; the best that it has evaluated counts")] = None,  # noqa: UP045
 ) -> None:  # fmt: skip
-    """Compare policies on one problem."""
+    """Compare policies on one problem. Ends with 3 where none of them finds a placement; one that fails beside others is a row with its reason."""
     from partition.bench import compare
     from partition.pipeline import policy as find_policy
     from partition.policies import POLICIES
     from partition.ranks import rank
-    from partition.tables import table
-    from partition.units import dollars, seconds
 
     names = [name for said in policy or ["all"] for name in (sorted(POLICIES) if said == "all" else [said])]
     _ = [find_policy(n) for n in names]
@@ -83,26 +83,33 @@ def compare_command(
         problem = _posed(model, cluster, objective, sizes, say, trips=trips, limits=limited(limits), keep=keep or (), sharding=sharding, sets=sets)
         results = compare({model: problem}, names, seconds=seconds_each, jobs=jobs, progress=say)
         order = rank(problem, {r.policy: r.placement for r in results if r.placement is not None}, draws=draws, progress=say) if bands else None
-    if as_json:
+    if as_json:  # a policy that fails is a row with its reason
         print(as_rows([{"policy": r.policy, "seconds": r.seconds, "gap": r.gap, "proof": r.proof, "why_not": r.why_not, "where": r.where, "mend": r.mend,
                            "estimate": None if r.estimate is None else {k: getattr(r.estimate, k) for k in ("ttft", "tpot", "e2e", "throughput", "usd_per_mtok", "joules_per_token")}}
                           for r in results], problem.cluster))  # fmt: skip
-        return
+    else:
+        _print_compared(f"{model} on {cluster}, objective {objective}", results, order)
+    if all(r.estimate is None for r in results):
+        raise typer.Exit(ExitCode.INFEASIBLE)
+
+
+def _print_compared(title: str, results: Sequence[Result], order: Ranks | None) -> None:
+    from partition.tables import table
+    from partition.units import dollars, seconds
+
     lines = []
     for r in results:
         e = r.estimate
         cells = ["-"] * 6 if e is None else [
             seconds(e.ttft), seconds(e.tpot), seconds(e.e2e), f"{e.throughput:,.0f}", dollars(e.usd_per_mtok), f"{100 * (r.gap or 0):.1f} %"]  # fmt: skip
         lines.append([r.policy, seconds(r.seconds), *cells])
-    print(table(f"{model} on {cluster}, objective {objective}", ("policy", "placed in", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "gap at most"), lines))
+    print(table(title, ("policy", "placed in", "TTFT", "TPOT", "end to end", "tokens/s", "$ per Mtok", "gap at most"), lines))
     print("gap at most: the share of a policy's own score by which something better may exist, (score - bound) / score")
     for r in results:
         if r.estimate is None:
             print(f"{r.policy}: {r.why_not}", *([f"\n  where: {r.where}\n  mend:  {r.mend}"] if r.where else []), sep="")
     if order is not None:
         print(order)
-    if all(r.estimate is None for r in results):
-        raise typer.Exit(ExitCode.INFEASIBLE)
 
 
 @app.command("bench")
@@ -118,7 +125,7 @@ def bench_command(
 ) -> None:  # fmt: skip
     """Compare policies on problems from files and suites."""
     from partition import instances, suites
-    from partition.bench import Result, compare, drawn, profile
+    from partition.bench import compare, drawn, profile
     from partition.problem import OBJECTIVES
     from partition.tables import table
     from partition.units import seconds as spoken

@@ -238,8 +238,8 @@ def pose(
     """Make the placement problem of a tagged program on a cluster (or the name of one).
 
     objective: one of OBJECTIVES. level: "block" or "op". trips: for loops whose structure does not tell how often they run.
-    pins: node name -> mesh name. limits: one of LIMITS -> what it may be at most (throughput: at least). keep: what stays whole (see `keeping`). sharding: how ops are split inside a mesh, by a search for what is fastest, or ("tensor") along the weights
-    over all devices, even where that is slower. costs: a user's own times, node name or pattern -> mesh or device -> seconds of one run, which
+    pins: node name -> mesh name. limits: one of LIMITS -> what it may be at most (throughput: at least). keep: what stays whole (see `keeping`). sharding: how ops are split inside a mesh, by a search for what is fastest if
+    all of the request ran there, or ("tensor") along the weights over all devices, even where that is slower. costs: a user's own times, node name or pattern -> mesh or device -> seconds of one run, which
     take the place of the model's (see `measured`). like: the problem of a program of the same structure, whose nodes these are to be. Raises NameUnknownError, WorkError, ProfileError.
     """
     for what, told, known in (("objective", objective, OBJECTIVES), ("level", level, ("block", "op")), ("sharding", sharding, ("search", "tensor"))):

@@ -72,6 +72,8 @@ def test_compare_lists_every_policy_and_speaks_json() -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert {r["policy"] for r in rows} == {"single", "random"} and rows[0]["estimate"]["e2e"] <= rows[1]["estimate"]["e2e"]
+    done = run("compare", "tiny", "--prompt", "16", "--new-tokens", "8", "--policy", "single", "--limit", "ttft=1ns", "--json")
+    assert done.returncode == 3 and json.loads(done.stdout)["rows"][0]["why_not"], done.stderr
 
 
 def test_devices_speak_json_with_sources() -> None:
