@@ -1,6 +1,6 @@
 """The values of the uncut program that a cut one is held against: of its top level, and of the first trips of its token loop.
 
-They are computed from the planner's graph on one host device, in the program's own arithmetic or, as the oracle, in float64.
+They are computed from the planner's graph on one host device, in the program's own arithmetic or, as the oracle, in float64 with the program's own choices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from partition import _jax
-from partition._jax.lifting import Float64, interpreted
+from partition._jax.lifting import Shadowed, interpreted, widened
 from partition.execution import Runner, strict_options
 from partition.graph import Item, Op, Role, Value, writes
 from partition.program import Program
@@ -58,7 +58,7 @@ class References:
         table = self.inner[trip] if t in self.inner.get(trip, ()) else self.top
         if t not in table:
             return None
-        array = _jax.to_numpy(table[t])
+        array = _jax.to_numpy(widened(table[t]))
         return array if span is None else array[span[0] : span[1]]
 
     def compiled(self, items: list[Item], wanted: list[int]) -> Callable[[Mapping[int, Any]], dict[int, Any]]:
@@ -70,7 +70,7 @@ class References:
         jaxpr = _jax.write(items, [(t, None) for t in inputs], [(t, None) for t in wanted], self.lowered, name="reference")
 
         def compiled() -> Callable[..., Any]:
-            return jax.jit(interpreted(jaxpr, Float64())) if self.wide else jax.jit(_jax.as_function(jaxpr), compiler_options=self.options)
+            return jax.jit(interpreted(jaxpr, Shadowed()) if self.wide else _jax.as_function(jaxpr), compiler_options=self.options)
 
         fn = self.runner.once(("reference", self.wide, *self.options.items(), *(op.id for op, _ in items), tuple(wanted)), compiled)
 
@@ -101,7 +101,8 @@ class References:
         body = self.compiled([(op, None) for op in loop.body.ops], wanted)
         planned = self.stages.problem.workload.trips
         for trip in range(planned):
-            rows = {t: a[trip if not loop.reverse else len(a) - 1 - trip] for t, a in stacked.items()}
+            row = trip if not loop.reverse else (loop.trips or 1) - 1 - trip
+            rows = {t: jax.tree_util.tree_map(lambda a, row=row: a[row], whole) for t, whole in stacked.items()}
             made = body({**known, **state, **rows})
             if trip < self.trips or trip == planned - 1:
                 self.inner[trip] = {**state, **made}

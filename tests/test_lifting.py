@@ -49,3 +49,23 @@ def test_bits_and_keys_stay_the_programs() -> None:
     key = jax.random.key(3)
     got, want = float64(jax.make_jaxpr(fn)(X, key), [X, key]), jax.jit(fn)(X, key)
     assert np.array_equal(got[0], want[0]) and np.allclose(got[1], want[1], atol=1e-7) and np.array_equal(got[2], jax.random.key_data(want[2]))
+
+
+def test_it_takes_the_way_that_the_program_chose() -> None:
+    """At a near tie float64 would choose otherwise, and all that follows would be of another text: indices are the program's own, in loops, sorts and top-k too."""
+    table = np.array([[1.0, 2.0], [-3.0, 5.0], [7.0, -4.0]], np.float32)
+
+    def fn(x: Any) -> Any:
+        def step(h: Any, _: Any) -> tuple[Any, Any]:
+            near = jnp.stack([h[0] * 0 + 1, h[0] * 0 + 1 + 2.0**-10, h[1] * 0]).astype(jnp.bfloat16)  # equal in bfloat16, not before it was rounded
+            chosen = jnp.argmax(near)
+            _, sorted_rows = jax.lax.sort((-near, jnp.asarray(table)[:, 0]), num_keys=1)
+            return jnp.asarray(table)[chosen] + h * 0.1, (chosen, jax.lax.top_k(near, 2)[1], sorted_rows)
+
+        return jax.lax.scan(step, x, None, length=3)
+
+    got = float64(jax.make_jaxpr(fn)(X[0, :2]), [X[0, :2]])
+    want = jax.tree_util.tree_leaves(jax.jit(fn)(X[0, :2]))
+    assert all(np.array_equal(a, b) for a, b in zip(got[1:3], want[1:3], strict=True)) and (got[1] == 0).all()
+    assert got[0].dtype == np.float64 and np.allclose(got[0], want[0], atol=1e-6)
+    assert np.array_equal(got[3], np.asarray(want[3], np.float64))

@@ -1,13 +1,14 @@
 """Evaluates a jaxpr in another arithmetic: every equation as an `Arithmetic` says, loops, branches and calls entered.
 
-`interpreted(jaxpr, arithmetic)` is a function of the jaxpr's inputs that JAX can compile. `Float64` is the oracle's arithmetic.
+`interpreted(jaxpr, arithmetic)` is a function of the jaxpr's inputs that JAX can compile. `Float64` is the oracle's arithmetic; `Shadowed` has it beside the program's own, which
+chooses.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,51 @@ class Float64:
         return [given[0]] if eqn.primitive.name == "reduce_precision" else lifted(eqn, given, np.float64)
 
 
+class Beside(NamedTuple):
+    """A value in the program's own arithmetic, and in float64."""
+
+    own: Any
+    wide: Any
+
+
+class Shadowed:
+    """Float64 beside the program's own arithmetic. Whole numbers and truth values are the program's own, so both take one way: where float64 would choose another token or
+    expert at a near tie, all that follows would be of another text and tell nothing. Needs `jax.enable_x64`."""
+
+    def __init__(self) -> None:
+        self.wide = Float64()
+
+    def enter(self, value: Any, aval: Any) -> Any:
+        if isinstance(value, Beside) or not jnp.issubdtype(aval.dtype, jnp.inexact):
+            return value
+        return Beside(jnp.asarray(value, aval.dtype), self.wide.enter(value, aval))
+
+    def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
+        own = bind(eqn, [x.own if isinstance(x, Beside) else x for x in given])
+        wide = [widened(x) for x in given]
+        if eqn.primitive.name == "sort":
+            order = _order(eqn, [x.own if isinstance(x, Beside) else x for x in given])
+            wide = [jnp.take_along_axis(x, order, eqn.params["dimension"]) for x in wide]
+        elif eqn.primitive.name == "top_k":
+            wide = [jnp.take_along_axis(wide[0], own[1], eqn.params.get("axis", -1)), own[1]]
+        else:
+            wide = self.wide.leaf(eqn, wide)
+        return [Beside(a, b) if jnp.issubdtype(v.aval.dtype, jnp.inexact) else a for a, b, v in zip(own, wide, eqn.outvars, strict=True)]
+
+
+def _order(eqn: Any, given: Sequence[Any]) -> Any:
+    """Where a sort takes each element from."""
+    along = eqn.params["dimension"]
+    places = jax.lax.broadcasted_iota(jnp.int32, given[0].shape, along)
+    return jax.lax.sort((*given, places), dimension=along, is_stable=eqn.params["is_stable"], num_keys=eqn.params["num_keys"])[-1]
+
+
+def widened(value: Any) -> Any:
+    """The float64 of what may have one beside it."""
+    return value.wide if isinstance(value, Beside) else value
+
+
 def float64(jaxpr: Any, args: Sequence[Any]) -> list[np.ndarray]:
-    """What a jaxpr gives with every float in float64, compiled as one."""
+    """What a jaxpr gives with every float in float64, where it chooses as it does in its own arithmetic; compiled as one."""
     with jax.enable_x64(True):
-        return [to_numpy(x) for x in jax.jit(interpreted(jaxpr, Float64()))(*args)]
+        return [to_numpy(widened(x)) for x in jax.jit(interpreted(jaxpr, Shadowed()))(*args)]

@@ -33,27 +33,43 @@ def _rewritten(jaxpr: Any, change: Callable[[Any], list[Any] | None]) -> Any:
     return jex.ClosedJaxpr(body, consts_of(jaxpr)) if hasattr(jaxpr, "jaxpr") else body
 
 
-def _cast(eqn: Any, value: Any, dtype: Any) -> Any:
-    return eqn.replace(primitive=jax.lax.convert_element_type_p, invars=[value], outvars=eqn.outvars[:1], effects=set(),
+def _cast(eqn: Any, value: Any, out: Any, dtype: Any) -> Any:
+    return eqn.replace(primitive=jax.lax.convert_element_type_p, invars=[value], outvars=[out], effects=set(),
                        params={"new_dtype": dtype, "weak_type": False, "sharding": None})  # fmt: skip
 
 
 def wide_sums(jaxpr: Any) -> Any:
-    """The same jaxpr with every contraction of narrow floats summed in float32 and rounded once at its end.
+    """The same jaxpr with every contraction of narrow floats multiplied and summed in float32 and rounded once at its end.
 
-    Where devices share a contraction, their partial sums then meet in float32, and the result is rounded as often as the uncut one.
+    Where devices share a contraction, their partial sums then meet in float32, and the result is rounded as often as the uncut one. Products of narrow floats are exact
+    in float32, so wide operands change none; XLA's form for CPU has not all of the narrow ones.
     """
 
     def change(eqn: Any) -> list[Any] | None:
         if eqn.primitive.name != "dot_general":
             return None
-        out = eqn.outvars[0].aval
-        if not jnp.issubdtype(out.dtype, jnp.floating) or out.dtype.itemsize >= 4:
+        out, eqns, given = eqn.outvars[0], [], []
+        if not jnp.issubdtype(out.aval.dtype, jnp.floating):
             return None
-        wide = jex.Var(jax.core.ShapedArray(out.shape, jnp.float32))
-        return [eqn.replace(outvars=[wide], params={**eqn.params, "preferred_element_type": jnp.dtype("float32")}), _cast(eqn, wide, out.dtype)]
+        for v in eqn.invars:
+            given.append(_wide(v.aval) if _is_narrow(v.aval.dtype) else v)
+            eqns += [_cast(eqn, v, given[-1], given[-1].aval.dtype)] if given[-1] is not v else []
+        narrow = _is_narrow(out.aval.dtype)
+        if not eqns and not narrow:
+            return None
+        made = _wide(out.aval) if narrow else out
+        eqns.append(eqn.replace(invars=given, outvars=[made], params={**eqn.params, "preferred_element_type": made.aval.dtype}))
+        return [*eqns, _cast(eqn, made, out, out.aval.dtype)] if narrow else eqns
 
     return _rewritten(jaxpr, change)
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize < 4
+
+
+def _wide(aval: Any) -> Any:
+    return jex.Var(jax.core.ShapedArray(aval.shape, jnp.float32))
 
 
 def whole_ffts(jaxpr: Any, whole: Any) -> Any:
@@ -77,7 +93,7 @@ def unconstrained(jaxpr: Any) -> Any:
     """The same jaxpr without its author's sharding constraints: they name devices of a mesh of the author's."""
 
     def change(eqn: Any) -> list[Any] | None:
-        return [_cast(eqn, eqn.invars[0], eqn.outvars[0].aval.dtype)] if eqn.primitive.name == "sharding_constraint" else None
+        return [_cast(eqn, eqn.invars[0], eqn.outvars[0], eqn.outvars[0].aval.dtype)] if eqn.primitive.name == "sharding_constraint" else None
 
     return _rewritten(jaxpr, change) if _has(jaxpr, "sharding_constraint") else jaxpr
 
