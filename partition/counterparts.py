@@ -26,6 +26,7 @@ ALIKE = 0.8
 """Share of their ops in the same order from which two programs are compared op by op."""
 FEWEST = 8
 """Numbers that a value must have to be known by them."""
+CHOICES = ("argmax", "argmin", "top_k")
 NOWHERE = "the candidate computes there what the reference does not"
 
 
@@ -38,9 +39,13 @@ class _Run:
         self.made = [t for op in self.ops for t in op.outputs]
         consts = dict.fromkeys(t for op in self.ops for t in op.inputs if graph.tensors[t].role is Role.CONST)
         given = [*graph.inputs, *consts]
-        self.inputs = [{**lowered.values, **bound_inputs(program, args)}[t] for t in given]
+        self.given = {**lowered.values, **bound_inputs(program, args)}
+        self.inputs = [self.given[t] for t in given]
         self.jaxpr = _jax.write([(op, None) for op in self.ops], [(t, None) for t in given], [(t, None) for t in self.made], lowered, name="whole")
         self.results = dict(zip(self.made, results(self.jaxpr, self.inputs, None)[0], strict=True))
+
+    def value(self, tensor: int) -> np.ndarray:
+        return _jax.to_numpy(self.results[tensor] if tensor in self.results else self.given[tensor])
 
     def eqn(self, number: int) -> Any:
         return _jax.body_of(self.jaxpr).eqns[number]
@@ -53,12 +58,32 @@ class _Run:
 def parting(reference: Program, candidate: Program, args: tuple[Any, ...], differs: Differs) -> str | None:
     """The candidate's op where the two part, with its scope and source line; None where none is found."""
     one, other = _Run(reference, args), _Run(candidate, args)
+    if (said := _other_choice(one, other)) is not None:
+        return said
     matcher = difflib.SequenceMatcher(None, [_kind(one, op) for op in one.ops], [_kind(other, op) for op in other.ops], autojunk=False)
     known = [a for value in (*one.results.values(), *one.inputs) if floating(str((a := _jax.to_numpy(value)).dtype))]
     if matcher.ratio() >= ALIKE:
         return _in_step(one, other, {b + k: a + k for a, b, size in matcher.get_matching_blocks() for k in range(size)}, known, differs)
     alone = _unmade_good(other, [n for n, op in enumerate(other.ops) if _is_alone(other, op, known)])
     return None if alone is None else f"{describe(candidate, other.ops[alone])}: {NOWHERE}"
+
+
+def _other_choice(one: _Run, other: _Run) -> str | None:
+    """A choice that the candidate makes from the same numbers in another way only, such as of more of them or along another axis."""
+    for n, op in enumerate(other.ops):
+        if op.primitive in CHOICES:
+            from_same = [k for k, rival in enumerate(one.ops) if rival.primitive == op.primitive and compare("it", one.value(rival.inputs[0]), other.value(op.inputs[0])).equal]
+            how = [unlike_params(one.eqn(k), other.eqn(n)) for k in from_same]
+            if how and all(found is not None for found in how):
+                return f"{describe(other.program, op)}: the candidate's {next(found[2] for found in how if found is not None)}"
+    return None
+
+
+def _stands_for_another(run: _Run, op: Op, known: Sequence[np.ndarray]) -> bool:
+    """Whether an op is right and was only paired with another one's: the reference has its results, and no other op of the candidate gives them."""
+    mine = _telling(run, op)
+    rest = [a for other in run.ops if other is not op for a in _telling(run, other)]
+    return bool(mine) and all(_among(a, known) and not any(a.shape == b.shape and compare("it", a, b).equal for b in rest) for a in mine)
 
 
 def _kind(run: _Run, op: Op) -> tuple[Any, ...]:
@@ -74,7 +99,7 @@ def _in_step(one: _Run, other: _Run, pairs: Mapping[int, int], known: Sequence[n
         if n not in pairs:
             continue
         said = next((how for t, u in zip(one.ops[pairs[n]].outputs, op.outputs, strict=True) if (how := differs(one.results[t], other.results[u]))), "")
-        if not said:
+        if not said or _stands_for_another(other, op, known):
             continue
         if before := _unpaired(other, n, pairs):
             at = next((k for k in before if _is_alone(other, other.ops[k], known)), before[-1])

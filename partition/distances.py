@@ -33,7 +33,7 @@ class Difference:
 
     bitwise: every bit equal. invalid: places where one is NaN or infinite and the other is not the same. max_abs, max_ulp: largest
     distance, in value and in units in the last place. relative: max_abs over the scale, the largest magnitude of the reference that is not FAR beyond all that differs. wrong: elements
-    that differ. equal: within the stated bound. rms: of the differences. cosine: of the two as directions (1 where both are 0).
+    that differ. equal: within the stated bound. rms: of the differences; biased: it is a quarter of the bound and more. cosine: of the two as directions (1 where both are 0).
     other: type and shape of the candidate, where those are not the reference's. steps: how many elements lie 0, 1, 2, up to 4, 16, 256, and more units in the last place apart. first: index of the first element that differs. oracle: rms errors of the
     uncut and of the cut against float64, where that was asked for. rounding: beyond the bound, but no further from float64 than the uncut program's
     own rounding explains (OWN).
@@ -51,6 +51,7 @@ class Difference:
     bound: float
     equal: bool
     rms: float = 0.0
+    biased: bool = False
     cosine: float = 1.0
     steps: tuple[int, ...] = ()
     first: tuple[int, ...] | None = None
@@ -67,7 +68,7 @@ class Difference:
         many = f"{self.wrong} of {int(np.prod(self.shape))} elements differ"
         if not floating(self.dtype):
             return f"{self.name} {self.dtype}{list(self.shape)}: {many}, max abs {self.max_abs:.3g}, first at {list(self.first or ())}; they must be equal"
-        what = f"{many}, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP"
+        what = f"{many}, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP" + (f", rms {self.rms:.3g}, more than roundings make" if self.biased else "")
         bad = f", {self.invalid} NaN or infinite on one side only" if self.invalid else ""
         near = f", rms error against float64 {self.oracle[1]:.3g}, the uncut program's own {self.oracle[0]:.3g}" if self.oracle is not None else ""
         word = "beyond, but as near to float64 as the uncut program is" if self.rounding else "within" if self.equal else "BEYOND"
@@ -129,7 +130,7 @@ def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, f
     length = float(np.sqrt((np.where(finite, x, 0) ** 2).sum() * (np.where(finite, y, 0) ** 2).sum()))
     return Difference(
         name=name, shape=shape, dtype=dtype, bitwise=bitwise, invalid=invalid, max_abs=gap, relative=relative, max_ulp=int(apart.max(initial=0)), wrong=int((~same).sum()), bound=bound,
-        equal=invalid == 0 and relative <= bound and not biased, rms=_rms(gaps), cosine=float((np.where(finite, x, 0) * np.where(finite, y, 0)).sum()) / length if length > 0 else 1.0,
+        equal=invalid == 0 and relative <= bound and not biased, rms=_rms(gaps), biased=biased, cosine=float((np.where(finite, x, 0) * np.where(finite, y, 0)).sum()) / length if length > 0 else 1.0,
         steps=tuple(int(n) for n in np.histogram(apart, [-0.5, 0.5, 1.5, 2.5, 4.5, 16.5, 256.5, np.inf])[0]), first=_first(~same),
     )  # fmt: skip
 

@@ -94,8 +94,10 @@ def _other_step(want: Stage | LoopPlan, got: Stage | LoopPlan) -> str:
     """How a step differs from the one that `cut` makes; empty where it does not."""
     if type(want) is not type(got):
         return "a stage and a loop stand in each other's place"
-    fields = ("mesh", "inputs", "outputs", "donated") if isinstance(want, Stage) else ("trips", "carry", "xs", "results")
+    fields = ("id", "mesh", "region", "inputs", "outputs", "donated") if isinstance(want, Stage) else ("trips", "carry", "xs", "results")
     name = f"stage {want.id}" if isinstance(want, Stage) else "the token loop"
+    if isinstance(want, LoopPlan) and isinstance(got, LoopPlan) and want.op is not got.op:
+        return f"{name}: it is op {got.op.id} where the placement's is op {want.op.id}"
     for field in fields:
         one, other = getattr(want, field), getattr(got, field)
         if one != other:
@@ -115,7 +117,7 @@ def misread(stages: Stages) -> str | None:
         way, _, how = found
         at = f"stage {stage.id} on {stages.problem.meshes[stage.mesh]}"
         if not way:
-            return f"{at}: {how} than the program's"
+            return f"{at}: {how}, other than the program's"
         op = stage.items[_jax.body_of(clean).eqns.index(way[0])][0]
         inner = f", inside it {way[-1].primitive.name} at {_jax.source(way[-1], (way[0], None))}" if len(way) > 1 else ""
         return f"{at}: {describe(stages.program, op)}{inner}: the stage's {how}"

@@ -15,7 +15,7 @@ import html
 import itertools
 import numbers
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,7 +95,7 @@ def check(
 ) -> Verdict:  # fmt: skip
     """Run cut and uncut and compare outputs and stage boundaries (inside a cut token loop: of its first `trips` trips and the last).
 
-    strict: compile both under `execution.STRICT`. runner: `prepare(stages)`; further checks with it compile nothing. tolerance: dtype -> share of scale (or one number for all), in place of what TOLERANCE has for it. oracle: hold both against float64 too.
+    strict: compile both under `execution.STRICT`, or as the runner's stages are. runner: `prepare(stages)`; further checks with it compile nothing. tolerance: dtype -> share of scale (or one number for all), in place of what TOLERANCE has for it. oracle: hold both against float64 too.
     `check(reference, candidate, args)` compares two callables instead, for those who partition by their own means.
     What is beyond the default tolerance is judged by float64: it is equal where it is as near to that as the uncut program's own numbers are.
     Raises EquivalenceError, with the verdict, where they differ by more than that, where every number of an output is NaN, and where the model
@@ -106,9 +106,11 @@ def check(
     for name, share in (tolerance or {}).items():
         if name not in TOLERANCE or isinstance(share, bool) or not isinstance(share, numbers.Real) or not float(share) >= 0:
             raise ExecutionError(f"{share!r} is no tolerance of {name!r}", where="check(..., tolerance=...)", mend=f"give a share of scale from 0, for one of {', '.join(TOLERANCE)}")
+    if trips < 0:
+        raise ExecutionError(f"{trips} trips cannot be compared", where="check(..., trips=...)", mend="give 0 or more")
     if not isinstance(stages, Stages):
         return _two(stages, *args, tolerance=tolerance, oracle=oracle)
-    program = stages.program
+    program, strict = stages.program, strict if runner is None else runner.strict
     if runner is not None and runner.stages is not stages:
         raise ExecutionError("the runner was prepared from other stages", where="check(..., runner=...)", mend="pass prepare(stages) of the stages that are checked")
     loaded = bound_inputs(program, args)
@@ -136,7 +138,7 @@ def check(
         outputs = _judged(outputs, [(t, None) for t in program.graph.outputs], [-1] * len(outputs), ours, theirs, truth, rough, size)
         boundaries = _judged(boundaries, [k.value for k in kept], [k.trip for k in kept], [k.reference for k in kept], [k.array for k in kept], truth, rough, size)
     if culprit is None and not all(d.equal for d in boundaries):
-        culprit = divergence.culprit(stages, record, refs, lambda a, b: "" if (d := compare("it", a, b, tolerance or TOLERANCE)).equal else str(d))
+        culprit = next(filter(None, (divergence.culprit(stages, record, refs, differs) for differs in _rules(tolerance))), None)
     equal = all(d.equal for d in outputs) and culprit is None
     before = {s.id for s in itertools.takewhile(lambda s: isinstance(s, Stage), stages.steps) if isinstance(s, Stage)}
     seen = any(not d.equal and (k.trip < trips if k.trip >= 0 else k.stage in before) for d, k in zip(boundaries, kept, strict=True))
@@ -172,6 +174,14 @@ def _uncut(runner: Runner, strict: bool) -> Callable[..., Any]:
 def _alone(runner: Runner, strict: bool) -> Runner:
     """The same stages with nothing sharded."""
     return runner.once(("alone", strict), lambda: prepare(runner.stages, strict=strict, alone=True))
+
+
+def _rules(tolerance: Mapping[str, float] | None) -> Iterator[divergence.Differs]:
+    """What to look for, in turn: values beyond their bounds, and where nothing is, those whose differences are too many for roundings."""
+    def how(held: Mapping[str, float] | None, reference: Any, candidate: Any) -> str:
+        return "" if (d := compare("it", reference, candidate, held)).equal else str(d)
+
+    yield from (functools.partial(how, held) for held in ((TOLERANCE, None) if tolerance is None else (tolerance,)))
 
 
 def _unrun(stages: Stages, culprit: str) -> Verdict:
@@ -227,7 +237,8 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
     equal = all(d.equal for d in outputs)
     if not equal:
         with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
-            culprit = parting(traced(), trace(candidate, *args), tuple(args), lambda a, b: "" if (d := compare("it", a, b, tolerance or TOLERANCE)).equal else str(d))
+            both = traced(), trace(candidate, *args)
+            culprit = next(filter(None, (parting(*both, tuple(args), differs) for differs in _rules(tolerance))), None)
     bitwise = equal and all(d.bitwise for d in outputs)
     verdict = Verdict(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=_tokens_alone(outputs), stages=0, moved_bytes=0, planned_bytes=0,

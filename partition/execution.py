@@ -129,7 +129,7 @@ class Runner:
         self.stages, self.program = stages, stages.program
         self.lowered = self.program.entry.lowered
         self.tensors = self.program.graph.tensors
-        self.options = dict(strict_options()) if strict else {}
+        self.strict, self.options = strict, dict(strict_options()) if strict else {}
         cluster = stages.problem.cluster
         assert cluster is not None
         sizes = [1 if alone else m.stand_in for m in cluster.meshes]

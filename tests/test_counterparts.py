@@ -80,12 +80,39 @@ def commuted(w: Any, x: Any) -> Any:
     return jax.nn.softmax((h + 1e-3) @ w["c"])  # here
 
 
+def two(w: Any, x: Any) -> Any:
+    k, v = x @ w["a"], x @ w["b"]
+    return jnp.tanh(k), jnp.sin(v)
+
+
+def two_of_one(w: Any, x: Any) -> Any:
+    k, _ = x @ w["a"], x @ w["b"]
+    return jnp.tanh(k), jnp.sin(k)  # here
+
+
+def experts(w: Any, x: Any, count: int = 2) -> Any:
+    scores, chosen = jax.lax.top_k(x @ w["d"], count)  # here
+    return jnp.einsum("nk,nkf->nf", jax.nn.softmax(scores), w["a"][chosen])
+
+
+def fewer_experts(w: Any, x: Any) -> Any:
+    return experts(w, x, 1)
+
+
+def scaled(w: Any, x: Any) -> Any:
+    return jnp.tanh(x @ w["a"]) * (1 + 6e-6)  # here: within the bound of each number, and of all together too much
+
+
+def unscaled(w: Any, x: Any) -> Any:
+    return jnp.tanh(x @ w["a"])
+
+
 def line_of(fn: Callable[..., Any]) -> str:
     lines, first = inspect.getsourcelines(fn)
-    return f"test_counterparts.py:{first + next(i for i, line in enumerate(lines) if line.rstrip().endswith('# here'))}"
+    return f"test_counterparts.py:{first + next(i for i, line in enumerate(lines) if '  # here' in line)}"
 
 
-@pytest.mark.parametrize(("reference", "candidate"), [(gated, stale), (gated, rounded), (gated, shifted), (added, added_other), (looped, looped_other), (gated, commuted)], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("reference", "candidate"), [(gated, stale), (gated, rounded), (gated, shifted), (added, added_other), (looped, looped_other), (gated, commuted), (two, two_of_one), (unscaled, scaled)], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("jit", [False, True])
 def test_the_candidates_own_line_is_named(reference: Any, candidate: Any, jit: bool) -> None:
     other = jax.jit(candidate) if jit else candidate
@@ -93,6 +120,12 @@ def test_the_candidates_own_line_is_named(reference: Any, candidate: Any, jit: b
         pt.check(reference, other, (W, X))
     assert line_of(candidate) in error.value.where, error.value
     assert error.value.verdict.culprit in str(error.value.verdict) and "of reference and candidate" in str(error.value.verdict)  # type: ignore[attr-defined]
+
+
+def test_a_choice_of_fewer_is_named_itself() -> None:
+    with pytest.raises(EquivalenceError, match=r"top_k.*op has k = 1, not 2") as error:
+        pt.check(experts, fewer_experts, (W, X))
+    assert line_of(experts) in error.value.where
 
 
 def test_a_candidate_that_computes_in_parts_is_equal() -> None:

@@ -302,6 +302,9 @@ def test_wrong_arguments_of_a_check() -> None:
     with pytest.raises(ExecutionError, match="the candidate raised ZeroDivisionError"):
         check(jnp.tanh, lambda x: 1 / 0, (x,))
     assert check(lambda x: x, lambda x: x * 1.01, (x,), tolerance=0.1).equal
+    with pytest.raises(ExecutionError, match="-1 trips cannot be compared"):
+        check(stages, w, x, trips=-1)
+    assert not check(stages, w, x, runner=prepare(stages, strict=False)).options  # as the runner was prepared
     calls = [0]
 
     def other_each_time(x: Any) -> Any:

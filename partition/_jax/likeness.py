@@ -26,32 +26,32 @@ def unlike(want: Any, got: Any) -> tuple[Way, Way, str] | None:
         return names[side].setdefault(atom, len(names[side]))
 
     if len(one.invars) != len(other.invars) or len(one.constvars) != len(other.constvars):
-        return (), (), "its inputs are others"
+        return (), (), "body has other inputs"
     for v, w in zip((*one.constvars, *one.invars), (*other.constvars, *other.invars), strict=True):
         if number(0, v) != number(1, w) or str(v.aval) != str(w.aval):
-            return (), (), "its inputs are others"
+            return (), (), "body has other inputs"
     for a, b in zip(one.eqns, other.eqns, strict=False):
         if a.primitive.name != b.primitive.name:
-            return (a,), (b,), f"is a {b.primitive.name}"
+            return (a,), (b,), f"op is {b.primitive.name}"
         if [number(0, x) for x in a.invars] != [number(1, x) for x in b.invars]:
-            return (a,), (b,), "reads other values"
+            return (a,), (b,), "op reads other values"
         if [str(x.aval) for x in (*a.invars, *a.outvars)] != [str(x.aval) for x in (*b.invars, *b.outvars)]:
-            return (a,), (b,), "has other shapes or types"
+            return (a,), (b,), "op has other shapes or types"
         for x, y in zip(a.outvars, b.outvars, strict=True):
             number(0, x), number(1, y)
         if (inner := unlike_params(a, b)) is not None:
             return (a, *inner[0]), (b, *inner[1]), inner[2]
     if len(one.eqns) != len(other.eqns):
-        return (), (), f"it has {len(other.eqns)} equations for {len(one.eqns)}"
+        return (), (), f"body has {len(other.eqns)} equations for {len(one.eqns)}"
     if [number(0, x) for x in one.outvars] != [number(1, x) for x in other.outvars]:
-        return (), (), "its outputs are others"
+        return (), (), "body gives other results"
     return None
 
 
 def unlike_params(a: Any, b: Any) -> tuple[Way, Way, str] | None:
     """How the parameters of two equations of one primitive differ."""
     if a.params.keys() != b.params.keys():
-        return (), (), "has other parameters"
+        return (), (), "op has other parameters"
     for key, x in a.params.items():
         y = b.params[key]
         if x is y:
@@ -61,5 +61,5 @@ def unlike_params(a: Any, b: Any) -> tuple[Way, Way, str] | None:
             if (found := unlike(j, k)) is not None:
                 return found
         if not pairs and str(x) != str(y):
-            return (), (), f"has {key} = {str(y)[:60]}, not {str(x)[:60]}"
+            return (), (), f"op has {key} = {str(y)[:60]}, not {str(x)[:60]}"
     return None
