@@ -6,7 +6,7 @@ Of a token distribution it is also how far the distributions are, and whether th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ FAR = 1e3
 OWN, MOST, FEW = 4.0, 100.0, 8
 """A value beyond its tolerance may be OWN times as far from float64 as the uncut program's own (another order of the same sums), where that is itself no further
 than MOST tolerances: what is further is no rounding, but another model. FEW: elements that an index must have for its own noise to be known."""
+NARROW, SAME = 1e-3, 1e-6
+"""From which bound on floats are narrow; and how far, as a share of scale, one function may be from itself in float64, whose constants a program holds in float32."""
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "complex64": 2.0**-23, "complex128": 2.0**-52}
 """One rounding, as a share of a number."""
 
@@ -36,7 +38,7 @@ class Difference:
     that differ. equal: within the stated bound. rms: of the differences; biased: it is a quarter of the bound and more. cosine: of the two as directions (1 where both are 0).
     other: type and shape of the candidate, where those are not the reference's. steps: how many elements lie 0, 1, 2, up to 4, 16, 256, and more units in the last place apart. first: index of the first element that differs. oracle: rms errors of the
     uncut and of the cut against float64, where that was asked for. rounding: beyond the bound, but no further from float64 than the uncut program's
-    own rounding explains (OWN).
+    own rounding explains (OWN). apart: how far reference and candidate are from each other in float64, as a share of scale, where that was looked at.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Difference:
     other: str = ""
     oracle: tuple[float, float] | None = None
     rounding: bool = False
+    apart: float = 0.0
 
     def __str__(self) -> str:
         if self.bitwise:
@@ -71,6 +74,7 @@ class Difference:
         what = f"{many}, max abs {self.max_abs:.3g} ({self.relative:.2g} of scale), max {self.max_ulp} ULP" + (f", rms {self.rms:.3g}, more than roundings make" if self.biased else "")
         bad = f", {self.invalid} NaN or infinite on one side only" if self.invalid else ""
         near = f", rms error against float64 {self.oracle[1]:.3g}, the uncut program's own {self.oracle[0]:.3g}" if self.oracle is not None else ""
+        near += f", {self.apart:.2g} of scale apart in float64, which no rounding explains" if self.apart and not self.equal else ""
         word = "beyond, but as near to float64 as the uncut program is" if self.rounding else "within" if self.equal else "BEYOND"
         return f"{self.name} {self.dtype}{list(self.shape)}: {what}{bad}{near}; bound {self.bound:g} of scale: {word}"
 
@@ -183,6 +187,21 @@ def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any, 
         lucky = own.size < FEW and _rms(other) <= rough * scale
         rounding = not beyond.any() and (lucky or _rms(other) <= OWN * _rms(own)) and most <= MOST * max(difference.bound, rough) * max(scale, float(held.max(initial=0.0)) / FAR)
     return dataclasses.replace(difference, oracle=(_rms(own), _rms(other)), equal=rounding, rounding=rounding)
+
+
+def held_wide(difference: Difference, reference: Any, candidate: Any, rough: float) -> Difference:
+    """A difference that the rounding of narrow floats excuses, with both sides in float64: there one function agrees with itself in whatever order it computes, up to the constants
+    that it rounds. rough: the bound of the narrowest floats; a quarter of it is no constant's rounding."""
+    if not difference.rounding:
+        return difference
+    far = compare("it", reference, candidate).relative
+    return dataclasses.replace(difference, apart=far, equal=far <= rough / 4, rounding=far <= rough / 4)
+
+
+def apart(differences: Sequence[Difference]) -> tuple[str, ...]:
+    """What float64 tells of what is equal within the rounding of narrow floats: nothing, or that the two are not quite one function."""
+    most = max((d.apart for d in differences if d.equal), default=0.0)
+    return (f"in float64 the two are {most:.2g} of scale apart: a constant that is rounded otherwise, or a fault too small for narrow floats",) if most > SAME else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ from partition._jax.lifting import float64
 from partition.arguments import checked
 from partition.counterparts import parting
 from partition.dispatch import transfers
-from partition.distances import TOLERANCE, Choices, Difference, against, choices, compare, floating, judged, parts
+from partition.distances import NARROW, TOLERANCE, Choices, Difference, against, apart, choices, compare, floating, held_wide, judged, parts
 from partition.errors import EquivalenceError, ExecutionError, PartitionError, told, written_at
 from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
 from partition.graph import Value
@@ -179,7 +179,7 @@ def _alone(runner: Runner, strict: bool) -> Runner:
 def _rules(tolerance: Mapping[str, float] | None) -> Iterator[divergence.Differs]:
     """What to look for, in turn: values beyond their bounds, and where nothing is, those whose differences are too many for roundings."""
     def how(held: Mapping[str, float] | None, reference: Any, candidate: Any) -> str:
-        return "" if (d := compare("it", reference, candidate, held)).equal else str(d)
+        return "" if (d := compare("", reference, candidate, held)).equal else str(d).strip()
 
     yield from (functools.partial(how, held) for held in ((TOLERANCE, None) if tolerance is None else (tolerance,)))
 
@@ -234,6 +234,8 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
             with contextlib.suppress(Exception):  # what JAX cannot trace has no float64 either
                 rough = _roughest(traced())
             outputs = tuple(d if t is None else judged(d, t, a, b, rough, size) for d, t, a, b in zip(outputs, truth, *rows, strict=True))
+            if rough >= NARROW and any(d.rounding for d in outputs) and (wide := _wide(candidate, args)) is not None:
+                outputs = tuple(held_wide(d, t, u, rough) for d, t, u in zip(outputs, truth, wide, strict=True))
     equal = all(d.equal for d in outputs)
     if not equal:
         with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
@@ -241,7 +243,7 @@ def _two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tol
             culprit = next(filter(None, (parting(*both, tuple(args), differs) for differs in _rules(tolerance))), None)
     bitwise = equal and all(d.bitwise for d in outputs)
     verdict = Verdict(
-        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=_tokens_alone(outputs), stages=0, moved_bytes=0, planned_bytes=0,
+        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=(*_tokens_alone(outputs), *apart(outputs)), stages=0, moved_bytes=0, planned_bytes=0,
         trips=None, planned_trips=0, seconds=time.perf_counter() - start, options={},
     )  # fmt: skip
     _hold_numbers(verdict, want, args)

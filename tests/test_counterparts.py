@@ -245,3 +245,22 @@ def test_what_shows_nothing_is_said() -> None:
         pt.check(last, last, (X * np.nan,))
     with pytest.raises(ExecutionError, match="is a str"):
         pt.check(lambda x: "text", lambda x: "text", (X,))
+
+
+def test_what_the_rounding_of_narrow_floats_hides_is_looked_for_in_float64() -> None:
+    key = jax.random.split(jax.random.key(1), 2)
+    x, w = jax.random.normal(key[0], (4, 6, 16), jnp.bfloat16), jax.random.normal(key[1], (16, 16), jnp.bfloat16) / 4
+
+    def model(factor: float, wide: bool = True) -> Any:
+        def fn(w: Any, x: Any) -> Any:
+            scores = (x @ w) @ x.swapaxes(1, 2)
+            scores = scores.astype(jnp.float32) if wide else scores
+            return jax.nn.softmax(scores * factor).astype(x.dtype) @ x
+
+        return fn
+
+    right = pt.check(model(1.0), model(1.0, wide=False), (w, x))
+    assert right.equal and not right.bitwise and not any("in float64" in n for n in right.not_shown)
+    with pytest.raises(EquivalenceError, match="of scale apart in float64, which no rounding explains"):
+        pt.check(model(1.0), model(1.02), (w, x))
+    assert any("in float64 the two are" in n for n in pt.check(model(1.0), model(1.002), (w, x)).not_shown)
