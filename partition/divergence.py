@@ -161,7 +161,7 @@ def recomputed(stages: Stages, record: Record, refs: References, tensor: int) ->
         at = [v for op, span in stage.items for v in writes(op, span)].index((tensor, None))
         return jax.jit(lambda *inputs: inner(*inputs)[at], compiler_options=refs.options)
 
-    fn = refs.runner.once(("inside", stage.id, tensor, *refs.options.items()), compiled)
+    fn = refs.runner.once(("inside", stage.id, tensor), compiled)
     trips = sorted({trip for s, trip, _ in record.kept if s == stage.id})
     return {trip: np.asarray(fn(*_read(stages, stage, record, refs, trip))) for trip in trips}
 

@@ -28,7 +28,7 @@ from partition.counterparts import parting
 from partition.dispatch import transfers
 from partition.distances import NARROW, TOLERANCE, Choices, Difference, against, apart, choices, compare, floating, held_wide, judged, parts
 from partition.errors import EquivalenceError, ExecutionError, PartitionError, told, written_at
-from partition.execution import Record, Runner, bound_inputs, prepare, strict_options, uncut
+from partition.execution import Record, Runner, bound_inputs, prepare, uncut
 from partition.graph import Value
 from partition.program import Program, trace
 from partition.references import References, logits
@@ -110,7 +110,7 @@ def check(
         raise ExecutionError(f"{trips} trips cannot be compared", where="check(..., trips=...)", mend="give 0 or more")
     if not isinstance(stages, Stages):
         return _two(stages, *args, tolerance=tolerance, oracle=oracle)
-    program, strict = stages.program, strict if runner is None else runner.strict
+    program = stages.program
     if runner is not None and runner.stages is not stages:
         raise ExecutionError("the runner was prepared from other stages", where="check(..., runner=...)", mend="pass prepare(stages) of the stages that are checked")
     loaded = bound_inputs(program, args)
@@ -124,14 +124,14 @@ def check(
     except Exception as error:
         where = divergence.misread(stages)
         raise _refused(_unrun(stages, where or told(error)), f"the stages cannot be run: {told(error)}", where=where or f"{len(stages.all)} stages", mend="look at the op named" if where else "report it: the steps are those of the placement") from error
-    reference = _uncut(runner, strict)(*args)
+    reference = _uncut(runner, runner.strict)(*args)
     chosen = logits(program)
-    refs = References(runner, loaded, strict, trips, more=frozenset(t for t, _ in chosen))
+    refs = References(runner, loaded, trips, more=frozenset(t for t, _ in chosen))
     outputs = _compared(reference, result, tolerance)
     kept, misread = _kept(stages, record, refs), divergence.misread(stages)
     boundaries = tuple(compare(k.name, k.reference, k.array, tolerance) for k in kept)
     culprit = misread
-    truth = functools.cache(lambda: References(runner, loaded, strict, trips, wide=True))
+    truth = functools.cache(lambda: References(runner, loaded, trips, wide=True))
     if culprit is None and tolerance is None and not all(d.equal for d in (*outputs, *boundaries)):
         ours, theirs = (jax.tree_util.tree_leaves(x) for x in (reference, result))
         rough, size = _roughest(program), _size((*loaded.values(), reference))
@@ -144,9 +144,9 @@ def check(
     seen = any(not d.equal and (k.trip < trips if k.trip >= 0 else k.stage in before) for d, k in zip(boundaries, kept, strict=True))
     longer = stages.problem.workload.trips if any(s.region == "body" for s in stages.all) else 0
     if not equal and not seen and trips + 1 < longer and misread is None:  # it diverges later than was looked
-        return check(stages, *args, strict=strict, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
+        return check(stages, *args, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
     bitwise = equal and all(d.bitwise for d in outputs)
-    right, sharding = _reasons(stages, args, reference, runner, outputs, boundaries, tolerance, strict=strict, equal=equal)
+    right, sharding = _reasons(args, reference, runner, outputs, boundaries, tolerance, equal=equal)
     if oracle:
         wanted = [truth().get((t, None), -1) for t in program.graph.outputs]
         outputs = _against(outputs, wanted, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result))
@@ -156,7 +156,7 @@ def check(
         tokens=() if bitwise and all(d.bitwise for d in boundaries) else _tokens(stages, record, refs, chosen),
         not_shown=_not_shown(stages) + _unseen(trips, longer) + (("nothing was cut: all of it is one stage; a policy such as random cuts it",) if len(stages.all) < 2 else ()), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
         trips=record.trips, planned_trips=stages.problem.workload.trips, seconds=record.seconds,
-        options=dict(strict_options()) if strict else {},
+        options=dict(runner.options),
     )  # fmt: skip
     _hold_numbers(verdict, reference, args)
     if not equal and (fickle := divergence.fickle(program, [loaded[t] for t in program.graph.inputs])) is not None:
@@ -298,7 +298,7 @@ def _compared(reference: Any, result: Any, tolerance: Mapping[str, float] | None
 
 
 def _reasons(
-    stages: Stages, args: tuple[Any, ...], reference: Any, runner: Runner, outputs: Sequence[Difference], boundaries: Sequence[Difference], tolerance: Mapping[str, float] | None, *, strict: bool, equal: bool,
+    args: tuple[Any, ...], reference: Any, runner: Runner, outputs: Sequence[Difference], boundaries: Sequence[Difference], tolerance: Mapping[str, float] | None, *, equal: bool,
 ) -> tuple[str, str]:  # fmt: skip
     """Whether the cut is right, and whether sharding matters; where bits differ, found by running the stages in another way."""
     shared, inner = any(mesh.size > 1 for mesh in runner.meshes.values()), sum(not d.bitwise for d in boundaries)
@@ -311,11 +311,11 @@ def _reasons(
         return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ by the order of its sums" if shared else none
     alone, sharding = outputs, none
     if shared:
-        alone, worst = _compared(reference, _alone(runner, strict)(*args), tolerance), max(outputs, key=lambda d: d.relative)
+        alone, worst = _compared(reference, _alone(runner, runner.strict)(*args), tolerance), max(outputs, key=lambda d: d.relative)
         sharding = f"yes, by the order of its sums: {worst}" if all(d.bitwise for d in alone) else f"it adds to what the cut changes: {worst}"
     if all(d.bitwise for d in alone):
         return "yes, bit for bit on one host device a mesh", sharding
-    if not strict and all(d.bitwise for d in _compared(_uncut(runner, True)(*args), _alone(runner, True)(*args), tolerance)):
+    if not runner.strict and all(d.bitwise for d in _compared(_uncut(runner, True)(*args), _alone(runner, True)(*args), tolerance)):
         return "yes: bit for bit under strict options; the default ones fuse across the cut and keep excess precision", sharding
     return "yes, within bounds: the compiler orders or fuses a part otherwise than the whole (such as a loop of one trip)", sharding
 

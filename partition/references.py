@@ -14,7 +14,7 @@ import numpy as np
 
 from partition import _jax
 from partition._jax.lifting import Shadowed, interpreted, widened
-from partition.execution import Runner, strict_options
+from partition.execution import Runner
 from partition.graph import Item, Op, Role, Value, writes
 from partition.program import Program
 
@@ -37,13 +37,13 @@ def _chosen(ops: Sequence[Op], program: Program) -> list[int]:
 
 
 class References:
-    """Values of the uncut program on one host device. runner: of the stages; it keeps what is compiled here for the next check. more: tensors that are
+    """Values of the uncut program on one host device. runner: of the stages, whose compiler options are used here too; it keeps what is compiled for the next check. more: tensors that are
     wanted beside those at stage boundaries; wide: in float64."""
 
-    def __init__(self, runner: Runner, loaded: Mapping[int, Any], strict: bool, trips: int, *, more: frozenset[int] = frozenset(), wide: bool = False):
+    def __init__(self, runner: Runner, loaded: Mapping[int, Any], trips: int, *, more: frozenset[int] = frozenset(), wide: bool = False):
         self.runner, self.stages, self.program, self.loaded = runner, runner.stages, runner.program, loaded
         self.lowered = self.program.entry.lowered
-        self.options = dict(strict_options()) if strict else {}
+        self.options = runner.options
         self.trips, self.more, self.wide = trips, more, wide
         self.given = {t: v if np.ndim(v) else np.asarray(v, self.lowered.avals[t].dtype) for t, v in self.lowered.values.items()}
         self.top: dict[int, Any] = {}
@@ -72,7 +72,7 @@ class References:
         def compiled() -> Callable[..., Any]:
             return jax.jit(interpreted(jaxpr, Shadowed()) if self.wide else _jax.as_function(jaxpr), compiler_options=self.options)
 
-        fn = self.runner.once(("reference", self.wide, *self.options.items(), *(op.id for op, _ in items), tuple(wanted)), compiled)
+        fn = self.runner.once(("reference", self.wide, *(op.id for op, _ in items), tuple(wanted)), compiled)
 
         def call(known: Mapping[int, Any]) -> dict[int, Any]:
             with jax.enable_x64(True) if self.wide else contextlib.nullcontext():

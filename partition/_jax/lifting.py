@@ -131,10 +131,10 @@ class Shadowed:
         return Beside(jnp.asarray(value, aval.dtype), self.wide.enter(value, aval))
 
     def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
-        own = bind(eqn, [x.own if isinstance(x, Beside) else x for x in given])
-        wide = [widened(x) for x in given]
+        first, wide = [x.own if isinstance(x, Beside) else x for x in given], [widened(x) for x in given]
+        own = bind(eqn, first)
         if eqn.primitive.name == "sort":
-            order = _order(eqn, [x.own if isinstance(x, Beside) else x for x in given])
+            order = _order(eqn, first)
             wide = [jnp.take_along_axis(x, order, eqn.params["dimension"]) for x in wide]
         elif eqn.primitive.name == "top_k":
             wide = [jnp.take_along_axis(wide[0], own[1], eqn.params.get("axis", -1)), own[1]]
