@@ -11,7 +11,7 @@ from typing import Any
 
 _WHERE = {
     "Cluster": "hardware", "Estimate": "evaluation", "ExitCode": "errors", "PartitionError": "errors", "Phase": "phases", "Placement": "problem",
-    "Plan": "pipeline", "Problem": "problem", "Program": "program", "Stages": "stages", "Timeline": "timeline", "Verdict": "equivalence",
+    "Plan": "pipeline", "Problem": "problem", "Program": "program", "Stages": "stages", "Timeline": "timeline", "Verdict": "verdict",
     "Work": "work", "check": "equivalence", "cluster": "profiles", "compare": "bench", "curves": "scaling", "compile_cache": "program", "cut": "stages", "diff": "changes", "frame": "frames", "device": "profiles",
     "evaluate": "evaluation", "explain": "explanation", "export": "artifacts", "draw": "figures", "fit": "fidelity.fitting", "front": "fronts", "host_devices": "program", "launch": "processes", "lower_bound": "bounds", "model": "pipeline", "operators": "fidelity.kernels", "place": "pipeline",
     "plan": "pipeline", "policy": "pipeline", "pose": "problem", "prepare": "execution", "rank": "ranks", "read_instance": "instances:read", "report": "reporting:html", "rule": "work",

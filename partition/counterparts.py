@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from partition import _jax
+from partition._jax.bodies import environment, expose
 from partition._jax.likeness import unlike_params
 from partition.distances import compare, floating
 from partition.divergence import OTHERS, Differs, describe, results, within
@@ -51,8 +52,8 @@ class _Run:
         return _jax.body_of(self.jaxpr).eqns[number]
 
     def environment(self) -> Callable[[Any], Any]:
-        exposed, _ = _jax.expose(self.jaxpr)
-        return _jax.environment(exposed, self.inputs, [self.results[t] for t in self.made])
+        exposed, _ = expose(self.jaxpr)
+        return environment(exposed, self.inputs, [self.results[t] for t in self.made])
 
 
 def parting(reference: Program, candidate: Program, args: tuple[Any, ...], differs: Differs) -> str | None:

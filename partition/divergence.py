@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition import _jax
+from partition._jax.bodies import environment, expose, inside
 from partition._jax.likeness import unlike
 from partition.distances import compare
 from partition.execution import Record
@@ -157,7 +158,7 @@ def recomputed(stages: Stages, record: Record, refs: References, tensor: int) ->
         return {}
 
     def compiled() -> Callable[..., Any]:
-        inner = _jax.as_function(_jax.expose(stage.jaxpr)[0])
+        inner = _jax.as_function(expose(stage.jaxpr)[0])
         at = [v for op, span in stage.items for v in writes(op, span)].index((tensor, None))
         return jax.jit(lambda *inputs: inner(*inputs)[at], compiler_options=refs.options)
 
@@ -174,19 +175,19 @@ def _first_equation(clean: Any, given: Any, inputs: Sequence[Any], options: Any,
         return -1, f"{OTHERS} ({len(others)} results for {len(owners)})", ""
     for number, a, b in zip(owners, want, got, strict=True):
         if how := differs(a, b):
-            env = _jax.environment(clean, inputs, want)
+            env = environment(clean, inputs, want)
             return number, how, within(_jax.body_of(clean).eqns[number], _jax.body_of(given).eqns[number], env, options, differs, theirs)
     return None
 
 
 def results(jaxpr: Any, inputs: Sequence[Any], options: Any) -> tuple[list[Any], list[int]]:
-    exposed, owners = _jax.expose(jaxpr)
+    exposed, owners = expose(jaxpr)
     return jax.jit(_jax.as_function(exposed), compiler_options=options)(*inputs), owners
 
 
 def within(want: Any, got: Any, env: Any, options: Any, differs: Differs, theirs: bool = False) -> str:
     """What differs inside a loop or a call, trip by trip; empty where the equation is neither, or nothing inside differs by itself. theirs: say the line of `got`."""
-    for clean, given, inputs in _jax.inside(want, got, env):
+    for clean, given, inputs in inside(want, got, env):
         found = _first_equation(clean, given, inputs, options, differs, theirs)
         if found is not None:
             number, how, inner = found

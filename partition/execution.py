@@ -24,9 +24,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from partition import _jax
 from partition._jax.lifting import floats
-from partition._jax.rewriting import unconstrained, whole_ffts, wide_sums
+from partition._jax.rewriting import own_indices, unconstrained, whole_ffts, wide_sums
 from partition.arguments import checked
-from partition.dispatch import Arrays, Walk
+from partition.dispatch import Arrays, Machine, Walk
 from partition.errors import ExecutionError, told
 from partition.graph import OPAQUE, Value, bodies
 from partition.hardware import Precision
@@ -185,11 +185,9 @@ class Runner:
         self.unique = len(seen)
 
     def _build(self, stage: Stage, inner: Any, ins: Sequence[NamedSharding], outs: Sequence[NamedSharding]) -> Callable[..., Any]:
-        shared = self.meshes[stage.mesh].size > 1
-        own = unconstrained(stage.jaxpr)
-        fn = _jax.as_function(whole_ffts(wide_sums(own), NamedSharding(self.meshes[stage.mesh], PartitionSpec())) if shared else own)
+        fn = self.form(stage.jaxpr, stage.mesh)
         if self.target is not None and (precision := self.target.stages.get(stage.id)) is not None:
-            fn = targeted(own, precision)
+            fn = targeted(unconstrained(stage.jaxpr), precision)
         jitted = jax.jit(fn, in_shardings=tuple(ins), out_shardings=list(outs), donate_argnums=stage.donated, compiler_options=self.options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
@@ -203,6 +201,11 @@ class Runner:
                 raise ExecutionError(f"stage {stage.id} cannot be compiled for CPU: {told(error)}", where=f"its opaque ops: {', '.join(ops)}",
                                      mend="use a form that runs on CPU (interpret=True for Pallas; no shard_map over devices of its own)") from error  # fmt: skip
 
+    def form(self, jaxpr: Any, mesh: int) -> Callable[..., list[Any]]:
+        """A jaxpr as a function in the form in which a mesh computes it."""
+        own = unconstrained(jaxpr)
+        return _jax.as_function(own if self.meshes[mesh].size < 2 else whole_ffts(own_indices(wide_sums(own)), NamedSharding(self.meshes[mesh], PartitionSpec())))
+
     def load(self, *args: Any) -> dict[int, Any]:
         """Check the arguments against the trace and hand out their leaves by tensor id; they are placed when first read.
 
@@ -210,14 +213,15 @@ class Runner:
         """
         return bound_inputs(self.program, args)
 
-    def run(self, loaded: Mapping[int, Any], *, placed: Placed | None = None, keep: int = -1) -> tuple[Any, Record]:
+    def run(self, loaded: Mapping[int, Any], *, placed: Placed | None = None, keep: int = -1, beside: Callable[[Machine], Machine] = lambda machine: machine) -> tuple[Any, Record]:
         """Run a loaded request: (result, record).
 
         placed: where arrays of weights and inputs that lie on meshes are kept, to reuse in a run that is given the same ones. keep: keep the outputs of
         every stage on the host, those inside the token loop for its first `keep` trips and the last that is planned (-1: keep nothing).
+        beside: a machine that is walked with in place of the one that computes, around it.
         """
         machine = _Computer(self, loaded, {} if placed is None else placed, keep)
-        walk = Walk(self.stages, machine)
+        walk = Walk(self.stages, beside(machine))
         start = time.perf_counter()
         walk.run()
         results = []

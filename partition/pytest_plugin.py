@@ -57,7 +57,7 @@ def _ask_for_devices(config: pytest.Config) -> None:
 
 def row(nodeid: str, options: Mapping[str, Any], verdict: Any, error: Exception | None) -> dict[str, Any]:
     """What is told of one check, as JSON can say it."""
-    found: dict[str, Any] = {"test": nodeid, **{k: str(v) for k, v in options.items()}, "verdict": "error" if verdict is None else "not equal" if not verdict.equal else "bit for bit" if verdict.bitwise else "within bounds"}
+    found: dict[str, Any] = {"test": nodeid, **{k: str(v) for k, v in options.items()}, "verdict": "error" if verdict is None else verdict.word}
     if verdict is not None:
         floats = [d for d in verdict.outputs if "float" in d.dtype]
         found |= {

@@ -20,10 +20,13 @@ from partition.program import Program
 
 
 def logits(program: Program) -> tuple[tuple[int, str], ...]:
-    """(tensor, phase) of what tokens are chosen from: the floats that an argmax or a top-k over the last axis reads, outside of the token loop and in its body."""
+    """(tensor, phase) of what tokens are chosen from: the floats that an argmax or a top-k over the last axis reads, outside of the token loop and in its body; of the
+    longest such axis, for a router chooses from fewer experts than a vocabulary has words."""
     loop = next((op.loop for op in program.graph.ops if op.loop is not None and op.loop.kind in ("scan", "while") and _chooses(op.loop.body.ops)), None)
     found = [(t, "the top level") for t in _chosen(program.graph.ops, program)]
-    return tuple(dict.fromkeys([*found, *((t, "the token loop") for t in (_chosen(loop.body.ops, program) if loop is not None else ()))]))
+    found = list(dict.fromkeys([*found, *((t, "the token loop") for t in (_chosen(loop.body.ops, program) if loop is not None else ()))]))
+    length = {t: program.graph.tensors[t].shape[-1] for t, _ in found}
+    return tuple((t, name) for t, name in found if length[t] == max(length.values()))
 
 
 def _chooses(ops: Sequence[Op]) -> bool:

@@ -21,11 +21,11 @@ from partition.units import dollars, flops, outcome, rate, seconds, shown, size
 from partition.work import Work
 
 if TYPE_CHECKING:
-    from partition.equivalence import Verdict
     from partition.explanation import Answer
     from partition.pipeline import Plan
     from partition.problem import Problem
     from partition.swings import Swing
+    from partition.verdict import Verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,12 +299,12 @@ def junit(name: str, verdict: Verdict) -> str:
     """A verdict as JUnit XML: one test case an output, one for the boundaries."""
     cases = []
     for d in verdict.outputs:
-        inner = "" if d.equal else f"<failure message={quoteattr(str(d))}>{escape(verdict.culprit or '')}</failure>"
+        inner = "" if d.equal or verdict.tie else f"<failure message={quoteattr(str(d))}>{escape(verdict.culprit or '')}</failure>"
         cases.append(f"<testcase classname={quoteattr(name)} name={quoteattr('output ' + d.name)}>{inner}</testcase>")
-    bad = [d for d in verdict.boundaries if not d.equal]
+    bad = [d for d in verdict.boundaries if not d.equal and not verdict.tie]
     inner = f"<failure message={quoteattr(verdict.culprit or str(bad[0]))}/>" if bad else ""
     cases.append(f"<testcase classname={quoteattr(name)} name={quoteattr(f'{len(verdict.boundaries)} values at stage boundaries')}>{inner}</testcase>")
-    failures = sum(not d.equal for d in verdict.outputs) + bool(bad)
+    failures = sum("<failure" in c for c in cases)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites><testsuite name={quoteattr(name)} tests="{len(cases)}" failures="{failures}" time="{verdict.seconds:.3f}">{"".join(cases)}</testsuite></testsuites>\n'
 
 

@@ -24,15 +24,15 @@ FORMS: tuple[dict[str, Any], ...] = ({}, {"layers": "scanned"}, {"dtype": "bfloa
 POLICIES = ("phase_split", "random", "equal_split")
 
 
-def block(index: int, seeds: int) -> tuple[int, list[str]]:
-    """(checks, alarms) of one family, form and number of threads, in a process of its own."""
+def block(index: int, seeds: int) -> tuple[int, int, list[str]]:
+    """(checks, those that sharding tips at a near tie, alarms) of one family, form and number of threads, in a process of its own."""
     family, form, threads = FAMILIES[index // 2 % len(FAMILIES)], index // 2 // len(FAMILIES) % len(FORMS), 1 + index % 2
     done = subprocess.run([sys.executable, __file__, "--block", family, str(form), str(threads), str(seeds)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "PARTITION_CACHE": "off"})
     said = [json.loads(line) for line in done.stdout.splitlines()]
     alarms = [f"{family} {s['options']}, {s['policy']}, seed {s['seed']}, {threads} threads: {s['alarm']}" for s in said if s["alarm"]]
     if done.returncode:
         alarms.append(f"{family} {FORMS[form]}: the process ended with {done.returncode}: {done.stderr[-400:]}")
-    return len(said), alarms
+    return len(said), sum(s["tie"] for s in said), alarms
 
 
 def run_block(family: str, form: int, threads: int, seeds: int) -> None:
@@ -54,12 +54,12 @@ def run_block(family: str, form: int, threads: int, seeds: int) -> None:
         stages = pt.cut(program, pt.place(problem, policy))
         runner = pt.prepare(stages)
         for seed in range(seeds):
-            alarm = ""
+            alarm, tie = "", False
             try:
-                pt.check(stages, *generation("tiny", seed=seed, **options)[1], runner=runner)
+                tie = pt.check(stages, *generation("tiny", seed=seed, **options)[1], runner=runner).tie
             except Exception as error:
                 alarm = f"{type(error).__name__}: {error}"
-            print(json.dumps({"options": options, "policy": policy, "seed": seed, "alarm": alarm}), flush=True)
+            print(json.dumps({"options": options, "policy": policy, "seed": seed, "alarm": alarm, "tie": tie}), flush=True)
 
 
 def main() -> int:
@@ -72,14 +72,14 @@ def main() -> int:
         return 0
     blocks = 2 * len(FAMILIES) * len(FORMS)
     seeds = -(-told.cases // (blocks * len(POLICIES)))
-    checks, alarms, start = 0, list[str](), time.time()
+    checks, ties, alarms, start = 0, 0, list[str](), time.time()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for n, (more, wrong) in enumerate(pool.map(lambda i: block(i, seeds), range(blocks))):
-            checks += more
+        for n, (more, tipped, wrong) in enumerate(pool.map(lambda i: block(i, seeds), range(blocks))):
+            checks, ties = checks + more, ties + tipped
             alarms += wrong
             print(f"{n + 1} of {blocks} settings, {checks:,} checks, {len(alarms)} alarms, {time.time() - start:,.0f} s", file=sys.stderr, flush=True)
             print(*wrong, sep="\n", end="\n" if wrong else "", flush=True)
-    print(f"{checks:,} clean checks, {len(alarms)} alarms")
+    print(f"{checks:,} clean checks, {len(alarms)} alarms; {ties} equal up to a choice at a near tie, which the order of a mesh's sums tips")
     return 1 if alarms or checks < told.cases else 0
 
 

@@ -120,6 +120,21 @@ def test_narrow_contractions_over_several_devices_are_summed_wide() -> None:
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-2, atol=2e-2)
 
 
+def test_a_scatter_in_a_branch_of_a_branch_runs_sharded() -> None:
+    def fn(rows, x, w):  # type: ignore[no-untyped-def]
+        def put(h):  # type: ignore[no-untyped-def]
+            numbers = jax.lax.ScatterDimensionNumbers((1,), (0,), (0,))
+            return jax.lax.scatter(h, rows, h[:2] * 0.5 + 1, numbers, mode="drop")
+
+        once = jax.lax.cond(x.sum() > 0, lambda h: jax.lax.cond(jnp.argmax(h[0]) % 2 > 0, put, lambda h: h * 2, h), lambda h: h * 3, x)
+        return once @ w
+
+    args = (np.array([[1], [3]], np.int32), np.linspace(-1, 2, 32, dtype=np.float32).reshape(4, 8), np.ones((8, 8), np.float32))
+    problem = pose(tag(trace(fn, *args)), "trn2_efa_4cs3", sharding="tensor")
+    assert problem.phases is not None
+    assert check(cut(problem.phases.program, problem.placement([0] * len(problem))), *args).equal
+
+
 def test_a_model_of_narrow_experts_runs_sharded() -> None:
     from models import deepseek
 

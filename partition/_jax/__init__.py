@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -295,50 +295,6 @@ def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
     """A closed jaxpr as a function of its inputs."""
     fn: Callable[..., list[Any]] = jex.jaxpr_as_fun(jaxpr)
     return fn
-
-
-def expose(jaxpr: Any) -> tuple[Any, list[int]]:
-    """The same closed jaxpr with the results of every equation as outputs, in order; and the number of the equation of each."""
-    inner = body_of(jaxpr)
-    made = [(n, v) for n, eqn in enumerate(inner.eqns) for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    debug = jex.DebugInfo("jit", "exposed", tuple(f"x{i}" for i in range(len(inner.invars))), tuple(f"y{i}" for i in range(len(made))))
-    body = jex.Jaxpr(constvars=inner.constvars, invars=inner.invars, outvars=[v for _, v in made], eqns=inner.eqns, effects=inner.effects, debug_info=debug)
-    return jex.ClosedJaxpr(body, consts_of(jaxpr)), [n for n, _ in made]
-
-
-def environment(jaxpr: Any, inputs: Sequence[Any], results: Sequence[Any]) -> Callable[[Any], Any]:
-    """How to read an operand of a jaxpr's equations, given its inputs and the results that `expose` gives."""
-    inner = body_of(jaxpr)
-    made = [v for eqn in inner.eqns for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    env = {**dict(zip(inner.constvars, consts_of(jaxpr), strict=True)), **dict(zip(inner.invars, inputs, strict=True)), **dict(zip(made, results, strict=True))}
-    return lambda atom: np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else env[atom]  # type: ignore[attr-defined]
-
-
-def inside(want: Any, got: Any, read: Callable[[Any], Any]) -> Iterator[tuple[Any, Any, list[Any]]]:
-    """(body of `want`, body of `got`, its inputs) for a call, or for every trip of a loop: the state goes on as `want` has it."""
-    values = [read(a) for a in want.invars]
-    if want.primitive.name != got.primitive.name:
-        return
-    if want.primitive.name == "scan":
-        consts, carry = _scan_arity(want.params)
-        state, xs, length = values[consts : consts + carry], values[consts + carry :], want.params["length"]
-        body = as_function(want.params["jaxpr"])
-        for i in reversed(range(length)) if want.params["reverse"] else range(length):
-            given = [*values[:consts], *state, *(x[i] for x in xs)]
-            yield want.params["jaxpr"], got.params["jaxpr"], given
-            state = list(body(*given))[:carry]
-    elif want.primitive.name == "while":
-        first, second = want.params["cond_nconsts"], want.params["cond_nconsts"] + want.params["body_nconsts"]
-        state, goes_on, body = values[second:], as_function(want.params["cond_jaxpr"]), as_function(want.params["body_jaxpr"])
-        while bool(goes_on(*values[:first], *state)[0]):
-            yield want.params["cond_jaxpr"], got.params["cond_jaxpr"], [*values[:first], *state]
-            yield want.params["body_jaxpr"], got.params["body_jaxpr"], [*values[first:second], *state]
-            state = list(body(*values[first:second], *state))
-    elif want.primitive.name == "cond":
-        branch = int(np.clip(values[0], 0, len(want.params["branches"]) - 1))
-        yield want.params["branches"][branch], got.params["branches"][branch], values[1:]
-    elif (callee := _callee(want)) is not None and (other := _callee(got)) is not None:
-        yield callee, other, values
 
 
 def check(jaxpr: Any) -> None:

@@ -1,4 +1,4 @@
-"""Changes equations of jaxprs and leaves the rest as it is: sums that are wide enough for several devices, no constraints of the author's."""
+"""Changes equations of jaxprs and leaves the rest as it is: sums that are wide enough for several devices, forms that XLA for CPU can partition, no constraints of the author's."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def whole_ffts(jaxpr: Any, whole: Any) -> Any:
     """The same jaxpr with every Fourier transform on a whole operand (`whole`, a sharding): XLA's form for CPU does not take the layouts that a split one can get."""
 
     def held(value: Any, out: Any) -> Any:
-        aval = jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype)
-        (eqn,) = body_of(jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, whole))(aval)).eqns
-        return eqn.replace(invars=[value], outvars=[out])
+        return _through(lambda x: jax.lax.with_sharding_constraint(x, whole), value, out)
 
     def change(eqn: Any) -> list[Any] | None:
         if eqn.primitive.name != "fft":
@@ -89,6 +87,18 @@ def whole_ffts(jaxpr: Any, whole: Any) -> Any:
     return _rewritten(jaxpr, change) if _has(jaxpr, "fft") else jaxpr
 
 
+def own_indices(jaxpr: Any) -> Any:
+    """The same jaxpr with the indices of every scatter behind a barrier: where they come from outside of two branches, XLA's partitioner looks for what made them and ends the process."""
+
+    def change(eqn: Any) -> list[Any] | None:
+        if not eqn.primitive.name.startswith("scatter") or isinstance(eqn.invars[1], jex.Literal):
+            return None
+        own = jex.Var(eqn.invars[1].aval)
+        return [_through(jax.lax.optimization_barrier, eqn.invars[1], own), eqn.replace(invars=[eqn.invars[0], own, *eqn.invars[2:]])]
+
+    return _rewritten(jaxpr, change) if _has(jaxpr, "cond") else jaxpr
+
+
 def unconstrained(jaxpr: Any) -> Any:
     """The same jaxpr without its author's sharding constraints: they name devices of a mesh of the author's."""
 
@@ -96,6 +106,12 @@ def unconstrained(jaxpr: Any) -> Any:
         return [_cast(eqn, eqn.invars[0], eqn.outvars[0], eqn.outvars[0].aval.dtype)] if eqn.primitive.name == "sharding_constraint" else None
 
     return _rewritten(jaxpr, change) if _has(jaxpr, "sharding_constraint") else jaxpr
+
+
+def _through(fn: Callable[[Any], Any], value: Any, out: Any) -> Any:
+    """The equation of a function of one value that JAX traces to one."""
+    (eqn,) = body_of(jax.make_jaxpr(fn)(jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype))).eqns
+    return eqn.replace(invars=[value], outvars=[out])
 
 
 def _has(jaxpr: Any, primitive: str) -> bool:

@@ -1,0 +1,97 @@
+"""check(reference, candidate, args): do two callables compute the same? For those who partition by their own means."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from partition import _jax
+from partition._jax.lifting import float64
+from partition.counterparts import parting
+from partition.distances import NARROW, Difference, apart, floating, held_wide, judged
+from partition.errors import EquivalenceError, ExecutionError, told, written_at
+from partition.program import trace
+from partition.verdict import Verdict, beside, compared, hold_numbers, largest, refused, roughest, rules
+
+
+def two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tolerance: Mapping[str, float] | None, oracle: bool) -> Verdict:
+    """Two callables on the same arguments."""
+    if not callable(reference) or not callable(candidate) or not isinstance(args, tuple | list) or extra:
+        raise ExecutionError("check takes stages and the arguments of the model, or two callables and a tuple of arguments", where="check(...)", mend="write check(stages, *args) or check(reference, candidate, args)")
+    start = time.perf_counter()
+    want, got = (_called(name, fn, args) for name, fn in (("reference", reference), ("candidate", candidate)))
+    one, other = jax.tree_util.tree_structure(want), jax.tree_util.tree_structure(got)
+    if str(one) != str(other):
+        raise EquivalenceError("the two give results of other structures", where=f"{str(one)[:80]} and {str(other)[:80]}", mend="let both give the same tree of arrays")
+    outputs, culprit = compared(want, got, tolerance), None
+    beyond = tolerance is None and not all(d.equal for d in outputs)
+    traced = functools.cache(lambda: trace(reference, *args))
+    if oracle or beyond:
+        truth = _wide(reference, args) or [None] * len(outputs)
+        rows = (jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got))
+        outputs = beside(outputs, truth, *rows) if oracle else outputs
+        if beyond:
+            rough, size = 0.0, largest((args, want))
+            with contextlib.suppress(Exception):  # what JAX cannot trace has no float64 either
+                rough = roughest(traced())
+            outputs = tuple(d if t is None else judged(d, t, a, b, rough, size) for d, t, a, b in zip(outputs, truth, *rows, strict=True))
+            if rough >= NARROW and any(d.rounding for d in outputs) and (wide := _wide(candidate, args)) is not None:
+                outputs = tuple(held_wide(d, t, u, rough) for d, t, u in zip(outputs, truth, wide, strict=True))
+    equal = all(d.equal for d in outputs)
+    if not equal:
+        with contextlib.suppress(Exception):  # what JAX cannot trace is held by its numbers alone
+            both = traced(), trace(candidate, *args)
+            culprit = next(filter(None, (parting(*both, tuple(args), differs) for differs in rules(tolerance))), None)
+    bitwise = equal and all(d.bitwise for d in outputs)
+    verdict = Verdict(
+        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=(*_tokens_alone(outputs), *apart(outputs)), stages=0, moved_bytes=0, planned_bytes=0,
+        trips=None, planned_trips=0, seconds=time.perf_counter() - start, options={},
+    )  # fmt: skip
+    hold_numbers(verdict, want, args)
+    for name, fn, before in (("reference", reference, want), ("candidate", candidate, got)):
+        if not equal and not all(d.bitwise for d in compared(before, _called(name, fn, args), None)):
+            raise refused(verdict, f"the {name} does not give the same numbers twice", where=getattr(fn, "__qualname__", name), mend="give it keys as arguments, or take out what changes from run to run")
+    if not equal:
+        raise refused(verdict, "reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the op named" if culprit else "no op is found where they part: give more of what is inside as outputs")
+    return verdict
+
+
+def _tokens_alone(outputs: Sequence[Difference]) -> tuple[str, ...]:
+    """What is not shown where no output is a float."""
+    if not sum(int(np.prod(d.shape)) for d in outputs):
+        return ("no output holds a number",)
+    return () if any(floating(d.dtype) for d in outputs) else ("whole numbers alone were compared: what changes no token is not seen; give logits as an output too",)
+
+
+def _called(name: str, fn: Callable[..., Any], args: Any) -> Any:
+    """What a callable of the user's gives. Raises ExecutionError for one that raises."""
+    try:
+        result = fn(*_copied(args))  # it may donate its arguments, or write into them
+    except Exception as error:
+        try:  # some only run traced, such as those that index NumPy weights by traced tokens
+            result = jax.jit(fn)(*_copied(args))
+        except Exception:
+            raise ExecutionError(f"the {name} raised {told(error)}", where=written_at(error), mend="make it run by itself first") from error
+    for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
+        if np.asarray(_jax.to_numpy(leaf)).dtype.kind in "OUSMm":
+            raise ExecutionError(f"output {jax.tree_util.keystr(path) or 'result'} of the {name} is a {type(leaf).__name__}", where=getattr(fn, "__qualname__", name), mend="give arrays and numbers")
+    return result
+
+
+def _copied(args: Any) -> Any:
+    """The same arguments in memory of their own."""
+    return jax.tree_util.tree_map(lambda leaf: jax.random.clone(leaf) if hasattr(leaf, "dtype") and _jax.is_key(leaf) else leaf.copy() if isinstance(leaf, np.ndarray | jax.Array) else leaf, args)
+
+
+def _wide(reference: Callable[..., Any], args: Any) -> list[Any] | None:
+    """What a callable gives in float64; None where JAX cannot trace it."""
+    try:
+        return list(float64(jax.make_jaxpr(reference)(*args), jax.tree_util.tree_leaves(args)))
+    except Exception:  # it is no JAX program: held to its bounds alone
+        return None
