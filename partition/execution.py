@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from partition import _jax
 from partition._jax.lifting import floats
-from partition._jax.rewriting import own_indices, unconstrained, whole_ffts, wide_sums
+from partition._jax.rewriting import own_indices, unconstrained, whole_where_needed, wide_sums
 from partition.arguments import checked
 from partition.dispatch import Arrays, Machine, Walk
 from partition.errors import ExecutionError, told
@@ -204,7 +204,7 @@ class Runner:
     def form(self, jaxpr: Any, mesh: int) -> Callable[..., list[Any]]:
         """A jaxpr as a function in the form in which a mesh computes it."""
         own = unconstrained(jaxpr)
-        return _jax.as_function(own if self.meshes[mesh].size < 2 else whole_ffts(own_indices(wide_sums(own)), NamedSharding(self.meshes[mesh], PartitionSpec())))
+        return _jax.as_function(own if self.meshes[mesh].size < 2 else whole_where_needed(own_indices(wide_sums(own)), NamedSharding(self.meshes[mesh], PartitionSpec())))
 
     def load(self, *args: Any) -> dict[int, Any]:
         """Check the arguments against the trace and hand out their leaves by tensor id; they are placed when first read.

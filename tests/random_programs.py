@@ -214,9 +214,10 @@ SMOOTH: dict[str, Callable[[Any], Any]] = {
     "reduce_prod": lambda x: x * jnp.prod(1 + 0.1 * jnp.tanh(x), 1, keepdims=True), "reduce_min": lambda x: x - x.min(1, keepdims=True), "reduce_precision": lambda x: jax.lax.reduce_precision(x, 8, 23),
     "complex": lambda x: (jax.lax.complex(x, 0.5 * x) * jnp.conj(jax.lax.complex(x, x))).real, "imag": lambda x: jnp.imag(jax.lax.complex(x, 2 * x)), "rev": lambda x: x[:, ::-1], "split": lambda x: jax.lax.split(x, (3, 5), axis=1)[1].sum(1, keepdims=True) + x,
     "stop_gradient": jax.lax.stop_gradient, "optimization_barrier": _barred, "dynamic_slice": lambda x: jax.lax.dynamic_slice(x, (1, 0), (2, COLS)).sum(0) + x, "tile": lambda x: jax.lax.tile(x[:2], (2, 1)),
-    "transpose": lambda x: jnp.transpose(x.reshape(2, 2, COLS), (1, 0, 2)), "reduce_window_sum": _windows(jax.lax.add, 0.0), "reduce_window_max": _windows(jax.lax.max, -np.inf),
+    "transpose": lambda x: jnp.transpose(x.reshape(2, 2, COLS), (1, 0, 2)), "reduce_window_sum": _windows(jax.lax.add, 0.0), "reduce_window_max": _windows(jax.lax.max, -np.inf), "reduce_window_min": _windows(jax.lax.min, np.inf),
     "reduce_window": lambda x: jax.lax.reduce_window(x, 1.0, lambda a, b: a * b * 1.0, (1, 2), (1, 1), "SAME"), "reduce": lambda x: jax.lax.reduce(x, 0.0, lambda a, b: a + b * 1.0, (1,))[:, None] + x,
-    "scatter": _scattered(jax.lax.scatter), "scatter_mul": _scattered(jax.lax.scatter_mul), "scatter_min": _scattered(jax.lax.scatter_min), "scatter_max": _scattered(jax.lax.scatter_max),
+    "scatter": _scattered(jax.lax.scatter), "scatter_mul": _scattered(jax.lax.scatter_mul), "scatter_min": _scattered(jax.lax.scatter_min), "scatter_max": _scattered(jax.lax.scatter_max), "scatter-sub": _scattered(jax.lax.scatter_sub),
+    "one_minus_square": jax.grad(lambda v: jnp.tanh(v).sum()),
     "select_and_scatter_add": _spread, "ragged_dot_general": _grouped, "add_any": jax.grad(lambda v: (v * jnp.sin(v)).sum()), "stack": lambda x: jnp.stack([x[:2], x[2:]]), "copy": lambda x: jnp.array(x, copy=True),
     "name": lambda x: checkpoint_name(x, "kept"), "squeeze": lambda x: jnp.squeeze(x[None], 0), "expand_dims": lambda x: jnp.expand_dims(x, 0), "is_finite": lambda x: jnp.where(jnp.isfinite(x), x, 0.0),
     "concatenate": lambda x: jnp.concatenate([x[2:], x[:2]]), "unstack": lambda x: jnp.stack(jax.numpy.unstack(x, axis=0)[::-1]),
@@ -246,7 +247,7 @@ ELSEWHERE = {
 } | {
     name: "no user writes it, or no JAX that is supported makes it" for name in ("SearchSorted", "copy_p", "create_token", "device_put", "dim_as_value", "empty", "polynomial", "scatter_add", "scatter_min", "scatter_max", "scatter_mul", "random_unwrap", "conj", "split", "stack", "unstack",
                                                                                  "stop_gradient", "searchsorted", "square", "tile", "copy", "expand_dims", "log2", "threefry2x32", "zeta", "bessel_i0e", "bessel_i1e", "igamma_grad_a", "random_gamma_grad",
-                                                                                 "regularized_incomplete_beta", "eq_to", "le_to", "lt_to", "mulhi", "fft")
+                                                                                 "regularized_incomplete_beta", "eq_to", "le_to", "lt_to", "mulhi", "fft", "one_minus_square")
 }  # fmt: skip
 """Primitives with a work rule that random programs need not have, and why."""
 

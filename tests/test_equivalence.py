@@ -350,3 +350,16 @@ def test_a_second_check_with_a_runner_compiles_nothing_and_still_finds_a_fault()
     runner.compiled[stage.id] = lambda *arrays: [a + 1 if "float" in str(a.dtype) else a for a in good(*arrays)]
     with pytest.raises(EquivalenceError):
         check(stages, *args, runner=runner)
+
+
+@pytest.mark.parametrize("name", ["xor", "and", "custom", "subtract"])
+def test_reductions_that_no_collective_computes_run_sharded(name: str) -> None:
+    lax = jax.lax
+    reduce = {
+        "xor": lambda x: lax.reduce(x.astype(jnp.int32), np.int32(0), lax.bitwise_xor, (1,)), "and": lambda x: lax.reduce(x.astype(jnp.int32), np.int32(-1), lax.bitwise_and, (1,)),
+        "custom": lambda x: lax.reduce(x, np.float32(0), lambda a, b: a + b + a * b * 1e-3, (1,)), "subtract": lambda x: jnp.zeros((3, 8)).at[jnp.arange(8) % 3].subtract(x),
+    }[name]  # fmt: skip
+    args = (np.eye(8, dtype=np.float32) + 0.1, np.arange(64, dtype=np.float32).reshape(8, 8) / 10)
+    program = trace(lambda w, x: reduce(x @ w), *args)
+    problem = pose(tag(program, loop="none"), "trn2_efa_4cs3", sharding="tensor")
+    assert check(cut(program, problem.placement([0] * len(problem))), *args).equal

@@ -228,3 +228,17 @@ def test_a_plan_says_how_its_meshes_are_split() -> None:
     fn, args = llama.generation("tiny", prompt=PROMPT, new_tokens=8, seed=0, layers="scanned")
     plan = pt.plan(fn, args, cluster="trn2_efa_cs3", sharding="tensor", policy="phase_split")
     assert "trn2 splits 64 ways: " in str(plan) and "contractions with weights tensor" in str(plan)
+
+
+@pytest.mark.parametrize("way", ["search", "tensor"])
+def test_an_op_on_what_is_never_split_is_not_taken_for_one_that_may_be(way: str) -> None:
+    from partition.problem import pose
+
+    def fn(w, x):  # type: ignore[no-untyped-def]
+        split = jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=2)[0]
+        whole = jax.lax.cond(x[0, 0] > 0, lambda v: v * 2, lambda v: v * 3, x)  # what branches give lies whole
+        first, other = jnp.sin(whole), jnp.sin(split)
+        return first * 2, other @ w
+
+    problem = pose(tag(trace(fn, jnp.eye(8), jnp.ones((8, 8))), loop="none"), "trn2_efa_4cs3", sharding=way)
+    assert problem.layouts is not None

@@ -128,5 +128,5 @@ def test_no_fault_of_a_sharded_stage_hides_behind_a_tie(name: str, fault: str) -
 
 @pytest.mark.parametrize("fault", sorted(RUNS))
 def test_no_fault_of_a_transfer_hides_behind_a_tie(fault: str) -> None:
-    with RUNS[fault](), pytest.raises(EquivalenceError, match="arrives wrong|differ"):
+    with RUNS[fault](), pytest.raises(EquivalenceError, match=r"arrives wrong|differ"):
         pt.check(stages("flat"), *args())

@@ -83,7 +83,7 @@ def floats(x: Any) -> bool:
 
 
 _SCATTERS: dict[str, Callable[..., Any]] = {
-    "scatter": jax.lax.scatter, "scatter-add": jax.lax.scatter_add, "scatter_add": jax.lax.scatter_add, "scatter_mul": jax.lax.scatter_mul,
+    "scatter": jax.lax.scatter, "scatter-sub": jax.lax.scatter_sub, "scatter-add": jax.lax.scatter_add, "scatter_add": jax.lax.scatter_add, "scatter_mul": jax.lax.scatter_mul,
     "scatter-mul": jax.lax.scatter_mul, "scatter_min": jax.lax.scatter_min, "scatter-min": jax.lax.scatter_min, "scatter_max": jax.lax.scatter_max,
     "scatter-max": jax.lax.scatter_max,
 }  # fmt: skip

@@ -72,19 +72,27 @@ def _wide(aval: Any) -> Any:
     return jex.Var(jax.core.ShapedArray(aval.shape, jnp.float32))
 
 
-def whole_ffts(jaxpr: Any, whole: Any) -> Any:
-    """The same jaxpr with every Fourier transform on a whole operand (`whole`, a sharding): XLA's form for CPU does not take the layouts that a split one can get."""
+def whole_where_needed(jaxpr: Any, whole: Any) -> Any:
+    """The same jaxpr with some equations on whole values (`whole`, a sharding), for XLA's form for CPU does not take split ones: Fourier transforms, whose layouts it refuses, and
+    reductions by what no collective of its computes."""
 
     def held(value: Any, out: Any) -> Any:
         return _through(lambda x: jax.lax.with_sharding_constraint(x, whole), value, out)
 
     def change(eqn: Any) -> list[Any] | None:
-        if eqn.primitive.name != "fft":
+        if not _needs_whole(eqn):
             return None
-        given, made = jex.Var(eqn.invars[0].aval), jex.Var(eqn.outvars[0].aval)
-        return [held(eqn.invars[0], given), eqn.replace(invars=[given], outvars=[made]), held(made, eqn.outvars[0])]
+        given = [v if isinstance(v, jex.Literal) else jex.Var(v.aval) for v in eqn.invars]
+        made = [v if isinstance(v, jex.DropVar) else jex.Var(v.aval) for v in eqn.outvars]
+        before = [held(v, new) for v, new in zip(eqn.invars, given, strict=True) if new is not v]
+        return [*before, eqn.replace(invars=given, outvars=made), *(held(new, v) for new, v in zip(made, eqn.outvars, strict=True) if new is not v)]
 
-    return _rewritten(jaxpr, change) if _has(jaxpr, "fft") else jaxpr
+    return _rewritten(jaxpr, change)
+
+
+def _needs_whole(eqn: Any) -> bool:
+    name = eqn.primitive.name
+    return name in ("fft", "reduce", "reduce_xor") or (name in ("reduce_and", "reduce_or") and eqn.invars[0].aval.dtype != bool)
 
 
 def own_indices(jaxpr: Any) -> Any:

@@ -15,7 +15,7 @@ from partition.work import Work, rule
     "nextafter", "not", "or", "population_count", "clz", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n",
     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh",
     "xor", "real", "imag", "complex", "conj", "convert_element_type", "polygamma", "zeta", "bessel_i0e", "bessel_i1e", "igamma_grad_a",
-    "random_gamma_grad", "regularized_incomplete_beta", "eq_to", "le_to", "lt_to", "mulhi",
+    "random_gamma_grad", "regularized_incomplete_beta", "eq_to", "le_to", "lt_to", "mulhi", "one_minus_square",
     fused=True,
 )  # fmt: skip
 def elementwise(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:

@@ -30,7 +30,7 @@ def dynamic_update_slice(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) 
     return Work(read=ins[1].nbytes, written=ins[1].nbytes)
 
 
-@rule("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul", "scatter-min", "scatter_min", "scatter-max", "scatter_max")
+@rule("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter-mul", "scatter_mul", "scatter-min", "scatter_min", "scatter-max", "scatter_max")
 def scatter(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     """Writes the updates in place; a combining scatter reads what was there and computes."""
     update, combines = ins[2], op.primitive != "scatter"

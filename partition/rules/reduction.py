@@ -19,7 +19,7 @@ def reduction(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     return Work(flops={ins[0].dtype: ins[0].size}) if "float" in ins[0].dtype else Work()
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "reduce_window", "reduce_window_sum", "reduce_window_max", "select_and_scatter_add")
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min", "select_and_scatter_add")
 def cumulative(op: Op, ins: Sequence[Tensor], outs: Sequence[Tensor]) -> Work:
     """One operation an element, through memory once each way."""
     flops = {ins[0].dtype: ins[0].size} if "float" in ins[0].dtype else {}

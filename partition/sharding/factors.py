@@ -219,4 +219,4 @@ RULES: dict[str, _Rule] = {
     "broadcast_in_dim": _broadcast, "squeeze": _squeeze, "gather": _gather, "dynamic_update_slice": _update,
 } | dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"), _reduce) \
   | dict.fromkeys(("slice", "dynamic_slice", "pad", "concatenate", "split", "sort", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "top_k", "rev"), _along) \
-  | dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul", "scatter-min", "scatter_min", "scatter-max", "scatter_max"), _scatter)  # fmt: skip
+  | dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter-mul", "scatter_mul", "scatter-min", "scatter_min", "scatter-max", "scatter_max"), _scatter)  # fmt: skip

@@ -248,7 +248,7 @@ class _Run:
         closes = [(self.frontier.index(self.carries[t]) if self.carries[t] in self.frontier else -1) if t in self.carries else -1 for t in op.outputs]
         needs = tuple(tuple(self.required.get(t, ())) for t in op.outputs)
         stays = tuple(k for k, t in enumerate(self.frontier) if self.last.get(t, -1) > n)
-        born = tuple(self.last.get(t, -1) > n for t in op.outputs)
+        born = tuple(self.last.get(t, -1) > n and t in s.active for t in op.outputs)
         later = tuple(self.last.get(t, -1) > n for t in names)
         branches = any(k == "slot" and self.first[t] == n < self.last[t] for k, t in zip(kinds, op.inputs, strict=True))
         entered = tuple(t in self.entering for t in self.frontier)
@@ -262,7 +262,7 @@ class _Run:
         self.base += low
         self.states, self.costs = states, [c - low for c in costs]
         self.trail.append((op, names, back))
-        self.frontier = [self.frontier[k] for k in stays] + [t for t, b in zip(op.outputs, born, strict=True) if b and t in s.active]
+        self.frontier = [self.frontier[k] for k in stays] + [t for t, b in zip(op.outputs, born, strict=True) if b]
         self.frontier += [t for t, h in zip(names, later, strict=True) if h]
 
     def _advance(
@@ -270,7 +270,6 @@ class _Run:
         later: Sequence[bool], closes: Sequence[int], needs: Sequence[Sequence[Where]], entered: Sequence[bool], branches: bool,
     ) -> tuple[list[State], list[int], list[tuple[int, Option]]]:  # fmt: skip
         s, made, best = self.s, dict[tuple[Where, ...], list[Option]](), dict[State, tuple[int, int, Option]]()
-        alive = [b and t in s.active for b, t in zip(born, op.outputs, strict=True)]
         moving = [k for k in slots if k >= 0]
         for number, (state, cost) in enumerate(zip(self.states, self.costs, strict=True)):
             have = tuple(state[k] if k >= 0 else w for k, w in zip(slots, known, strict=True))
@@ -286,10 +285,10 @@ class _Run:
                     after = [state[k] if entered[k] else now.get(k, state[k]) for k in stays]
                 else:
                     after = [state[k] for k in stays]
-                new = (*after, *(w for w, b in zip(o.outs, alive, strict=True) if b), *(w for w, h in zip(o.frees, later, strict=True) if h))
+                new = (*after, *(w for w, b in zip(o.outs, born, strict=True) if b), *(w for w, h in zip(o.frees, later, strict=True) if h))
                 if new not in best or cost + o.cost + extra < best[new][0]:
                     best[new] = (cost + o.cost + extra, number, o)
-        tensors = [self.frontier[k] for k in stays] + [t for t, b in zip(op.outputs, alive, strict=True) if b]
+        tensors = [self.frontier[k] for k in stays] + [t for t, b in zip(op.outputs, born, strict=True) if b]
         return self._pruned(best, tensors)
 
     def _pruned(self, best: Mapping[State, tuple[int, int, Option]], tensors: Sequence[int]) -> tuple[list[State], list[int], list[tuple[int, Option]]]:
