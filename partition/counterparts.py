@@ -9,56 +9,71 @@ only the candidate makes.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from partition import _jax
-from partition._jax.bodies import environment, expose
+from partition._jax.bodies import environment, expose, inside
 from partition._jax.likeness import unlike_params
 from partition.distances import compare, floating
-from partition.divergence import OTHERS, Differs, describe, results, within
+from partition.divergence import OTHERS, Differs, describe, within
 from partition.execution import bound_inputs
-from partition.graph import Op, Role
+from partition.graph import Graph, Op, Role
 from partition.program import Program
 
 ALIKE = 0.8
 """Share of their ops in the same order from which two programs are compared op by op."""
 FEWEST = 8
 """Numbers that a value must have to be known by them."""
+TRIPS = 8
+"""How often bodies and conditions of loops are looked into."""
 CHOICES = ("argmax", "argmin", "top_k")
 NOWHERE = "the candidate computes there what the reference does not"
 
 
-class _Run:
-    """A program's ops as one jaxpr with every result as an output, and what they gave."""
+class _Form:
+    """The ops of a program, or of a loop's body, as one jaxpr with every result as an output, compiled once."""
 
-    def __init__(self, program: Program, args: tuple[Any, ...]):
-        self.program, graph, lowered = program, program.graph, program.entry.lowered
-        self.ops = graph.ops
-        self.made = [t for op in self.ops for t in op.outputs]
-        consts = dict.fromkeys(t for op in self.ops for t in op.inputs if graph.tensors[t].role is Role.CONST)
-        given = [*graph.inputs, *consts]
-        self.given = {**lowered.values, **bound_inputs(program, args)}
-        self.inputs = [self.given[t] for t in given]
-        self.jaxpr = _jax.write([(op, None) for op in self.ops], [(t, None) for t in given], [(t, None) for t in self.made], lowered, name="whole")
-        self.results = dict(zip(self.made, results(self.jaxpr, self.inputs, None)[0], strict=True))
+    def __init__(self, program: Program, graph: Graph):
+        self.program, self.graph, lowered = program, graph, program.entry.lowered
+        self.made = [t for op in graph.ops for t in op.outputs]
+        consts = dict.fromkeys(t for op in graph.ops for t in op.inputs if graph.tensors[t].role is Role.CONST)
+        self.inputs = [*graph.inputs, *(t for t in consts if t not in graph.inputs)]
+        self.jaxpr = _jax.write([(op, None) for op in graph.ops], [(t, None) for t in self.inputs], [(t, None) for t in self.made], lowered, name="whole")
+        self.exposed, _ = expose(self.jaxpr)
+        self.compiled = jax.jit(_jax.as_function(self.exposed))
+
+
+class _Run:
+    """What the ops of a form gave."""
+
+    def __init__(self, form: _Form, given: Mapping[int, Any]):
+        self.form, self.program, self.graph, self.ops = form, form.program, form.graph, form.graph.ops
+        self.given = {**self.program.entry.lowered.values, **given}
+        self.inputs = [self.given[t] for t in form.inputs]
+        self.results = dict(zip(form.made, form.compiled(*self.inputs), strict=True))
 
     def value(self, tensor: int) -> np.ndarray:
         return _jax.to_numpy(self.results[tensor] if tensor in self.results else self.given[tensor])
 
     def eqn(self, number: int) -> Any:
-        return _jax.body_of(self.jaxpr).eqns[number]
+        return _jax.body_of(self.form.jaxpr).eqns[number]
 
     def environment(self) -> Callable[[Any], Any]:
-        exposed, _ = expose(self.jaxpr)
-        return environment(exposed, self.inputs, [self.results[t] for t in self.made])
+        return environment(self.form.exposed, self.inputs, [self.results[t] for t in self.form.made])
 
 
 def parting(reference: Program, candidate: Program, args: tuple[Any, ...], differs: Differs) -> str | None:
     """The candidate's op where the two part, with its scope and source line; None where none is found."""
-    one, other = _Run(reference, args), _Run(candidate, args)
+    one, other = (_Run(_Form(p, p.graph), bound_inputs(p, args)) for p in (reference, candidate))
+    return _parting(one, other, differs)
+
+
+def _parting(one: _Run, other: _Run, differs: Differs) -> str | None:
     if (said := _other_choice(one, other)) is not None:
         return said
     matcher = difflib.SequenceMatcher(None, [_kind(one, op) for op in one.ops], [_kind(other, op) for op in other.ops], autojunk=False)
@@ -66,7 +81,39 @@ def parting(reference: Program, candidate: Program, args: tuple[Any, ...], diffe
     if matcher.ratio() >= ALIKE:
         return _in_step(one, other, {b + k: a + k for a, b, size in matcher.get_matching_blocks() for k in range(size)}, known, differs)
     alone = _unmade_good(other, [n for n, op in enumerate(other.ops) if _is_alone(other, op, known)])
-    return None if alone is None else f"{describe(candidate, other.ops[alone])}: {NOWHERE}"
+    return None if alone is None else _nowhere(one, other, alone, differs)
+
+
+def _nowhere(one: _Run, other: _Run, n: int, differs: Differs) -> str:
+    """What is said of an op that the reference has not; of a loop, where its body parts from that of the reference's loop in its place."""
+    op = other.ops[n]
+    loops, rivals = ([k for k, o in enumerate(run.ops) if o.loop is not None and op.loop is not None and o.loop.kind == op.loop.kind] for run in (other, one))
+    inner = _inside(one, rivals[loops.index(n)], other, n, differs) if n in loops and len(loops) == len(rivals) else ""
+    return f"{describe(other.program, op)}" + (f", inside it {inner}" if inner else f": {NOWHERE}")
+
+
+def _inside(one: _Run, m: int, other: _Run, n: int, differs: Differs) -> str:
+    """Where the bodies of two loops part, trip by trip, each with the state that it made itself; empty where they do not."""
+    (a, b), (want, got) = (one.ops[m].loop, other.ops[n].loop), (one.eqn(m), other.eqn(n))
+    if a is None or b is None or a.kind != b.kind:
+        return ""
+    steps = zip((a.cond, a.body), (b.cond, b.body), strict=True)
+    forms = itertools.cycle([(_Form(one.program, first), _Form(other.program, second)) for first, second in steps if first is not None and second is not None])
+    trips = zip(inside(want, want, one.environment()), inside(got, got, other.environment()), forms, strict=False)
+    for (_, _, mine), (_, _, theirs), (first, second) in itertools.islice(trips, TRIPS):
+        alone, rival = (_Run(form, dict(zip(form.graph.inputs, given, strict=True))) for form, given in ((first, mine), (second, theirs)))
+        if (said := _parting(alone, rival, differs)) is not None:
+            return said
+    return ""
+
+
+def _reads_another(one: _Run, a: Op, other: _Run, b: Op, differs: Differs) -> str:
+    """What an op reads that is not what its counterpart reads, though no op computed it wrongly: a value in another one's place, or a stale one; empty where there is none."""
+    for t, u in zip(a.inputs, b.inputs, strict=False):
+        if one.graph.tensors[t].role is not Role.LITERAL and other.graph.tensors[u].role is not Role.LITERAL and (how := differs(one.value(t), other.value(u))):
+            want, got = (next((describe(run.program, op) for op in run.ops if tensor in op.outputs), "a value that entered") for run, tensor in ((one, t), (other, u)))
+            return f": it reads {got} in place of {want}, {how}"
+    return ""
 
 
 def _other_choice(one: _Run, other: _Run) -> str | None:
@@ -103,10 +150,13 @@ def _in_step(one: _Run, other: _Run, pairs: Mapping[int, int], known: Sequence[n
         if not said or _stands_for_another(other, op, known):
             continue
         if before := _unpaired(other, n, pairs):
-            at = next((k for k in before if _is_alone(other, other.ops[k], known)), before[-1])
-            return f"{describe(other.program, other.ops[at])}: {NOWHERE}"
+            return _nowhere(one, other, next((k for k in before if _is_alone(other, other.ops[k], known)), before[-1]), differs)
+        if said_so := _reads_another(one, one.ops[pairs[n]], other, op, differs):
+            return f"{describe(other.program, op)}{said_so}"
         want, got = one.eqn(pairs[n]), other.eqn(n)
         inner = within(want, got, one.environment(), None, differs, theirs=True)
+        if (not inner or inner.startswith(OTHERS)) and (parted := _inside(one, pairs[n], other, n, differs)):
+            return f"{describe(other.program, op)}, inside it {parted}"
         if (found := unlike_params(want, got)) is not None and (not inner or inner.startswith(OTHERS)):
             way, how = found[1:]
             inside = f", inside it {way[-1].primitive.name} at {_jax.source(way[-1], (got, None))}" if way else ""
@@ -116,13 +166,16 @@ def _in_step(one: _Run, other: _Run, pairs: Mapping[int, int], known: Sequence[n
 
 
 def _last(one: _Run, other: _Run, pairs: Mapping[int, int], known: Sequence[np.ndarray], differs: Differs) -> str | None:
-    """Where programs part behind the last op that both have: at what makes the first output that differs."""
-    for t, u in zip(one.program.graph.outputs, other.program.graph.outputs, strict=False):
+    """Where programs part behind the last op that both have: at what makes the first output that differs. Bodies of which one keeps what does not change as a constant have outputs of
+    other places."""
+    if len(one.graph.outputs) != len(other.graph.outputs):
+        return None
+    for t, u in zip(one.graph.outputs, other.graph.outputs, strict=True):
         if t in one.results and u in other.results and differs(one.results[t], other.results[u]):
             n = next(k for k, op in enumerate(other.ops) if u in op.outputs)
             before = [k for k in (*_unpaired(other, n, pairs), n) if k not in pairs]
             at = next((k for k in before if _is_alone(other, other.ops[k], known)), n)
-            return f"{describe(other.program, other.ops[at])}: " + (NOWHERE if at not in pairs else "another output of the reference is this")
+            return _nowhere(one, other, at, differs) if at not in pairs else f"{describe(other.program, other.ops[at])}: another output of the reference is this"
     return None
 
 

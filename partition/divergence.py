@@ -188,6 +188,8 @@ def results(jaxpr: Any, inputs: Sequence[Any], options: Any) -> tuple[list[Any],
 def within(want: Any, got: Any, env: Any, options: Any, differs: Differs, theirs: bool = False) -> str:
     """What differs inside a loop or a call, trip by trip; empty where the equation is neither, or nothing inside differs by itself. theirs: say the line of `got`."""
     for clean, given, inputs in inside(want, got, env):
+        if [str(v.aval) for v in _jax.body_of(clean).invars] != [str(v.aval) for v in _jax.body_of(given).invars]:
+            return f"{OTHERS} (it has other inputs)"
         found = _first_equation(clean, given, inputs, options, differs, theirs)
         if found is not None:
             number, how, inner = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -264,3 +265,43 @@ def test_what_the_rounding_of_narrow_floats_hides_is_looked_for_in_float64() -> 
     with pytest.raises(EquivalenceError, match="of scale apart in float64, which no rounding explains"):
         pt.check(model(1.0), model(1.02), (w, x))
     assert any("in float64 the two are" in n for n in pt.check(model(1.0), model(1.002), (w, x)).not_shown)
+
+
+def attention(fault: str) -> Callable[..., Any]:
+    """One head with a cache: a prompt, then tokens in a loop; what the loop keeps is faulty where a fault is named."""
+
+    def step(w: Any, x: Any, keys: Any, values: Any, at: Any) -> tuple[Any, Any, Any]:
+        k, v, q = x @ w["d"], jnp.tanh(x) @ w["d"], jnp.sin(x)
+        keys = jax.lax.dynamic_update_slice(keys, k, (at, 0))
+        new = jax.lax.dynamic_update_slice(values, v, (at, 0))
+        scores = q @ keys.T
+        if fault != "no scale":
+            scores = scores * 0.4
+        if fault == "no mask":
+            open_ = jnp.ones((), bool)
+        else:
+            open_ = jnp.arange(8) <= at + len(x)
+        y = jax.nn.softmax(jnp.where(open_, scores, -1e9)) @ new  # the mask
+        return (y, new, keys) if fault == "swapped" else (y, keys, values if fault == "stale" and len(x) == 1 else new)
+
+    def fn(w: Any, x: Any) -> Any:
+        y, keys, values = step(w, x, jnp.zeros((8, 6)), jnp.zeros((8, 6)), 0)
+
+        def body(s: Any, _: Any) -> Any:
+            x, keys, values, at = s
+            y, keys, values = step(w, x, keys, values, at)
+            return (y, keys, values, at + 1), y
+
+        return jax.lax.scan(body, (y[-1:], keys, values, len(x)), None, length=4)[1]
+
+    return fn
+
+
+@pytest.mark.parametrize(("fault", "named"), [
+    ("swapped", r"op \d+ \(scan\).*: it reads .* in place of "), ("stale", r"inside it op \d+ \(dynamic_update_slice\).*: it reads a value that entered in place of"),
+    ("no scale", r"it reads op \d+ \(dot_general\).*in place of op \d+ \(mul\)"), ("no mask", r"select_n.*# the mask|test_counterparts"),
+])  # fmt: skip
+def test_a_value_in_the_place_of_another_is_named_with_what_should_be_there(fault: str, named: str) -> None:
+    with pytest.raises(EquivalenceError) as error:
+        pt.check(attention(""), attention(fault), (W, X))
+    assert error.value.verdict is not None and re.search(named, str(error.value.verdict.culprit)), error.value.verdict.culprit

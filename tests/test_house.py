@@ -23,7 +23,7 @@ FLOORS = {
 }  # fmt: skip
 """Floor of every spine file; an import at module level goes strictly down (rooms may import their own)."""
 
-DOORS = {"_jax", "joint", "program", "execution", "divergence", "verdict", "callables", "ties", "equivalence", "references", "precision", "numerics", "baselines", "artifacts"}
+DOORS = {"_jax", "joint", "program", "execution", "divergence", "verdict", "callables", "ties", "equivalence", "references", "counterparts", "precision", "numerics", "baselines", "artifacts"}
 """Files that may import jax at module level."""
 
 
