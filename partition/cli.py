@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from partition.errors import EquivalenceError, ExitCode, NameUnknownError, PartitionError, ProfileError
+from partition.errors import ExitCode, NameUnknownError, PartitionError, ProfileError
 from partition.workload import USUAL
 
 if TYPE_CHECKING:
@@ -185,89 +185,6 @@ def plan_command(
             print(f"\nwrote {folder}: {', '.join(sorted(os.listdir(folder)))}")
 
 
-@app.command("check")
-def check_command(
-    model: Model, cluster: ClusterName = "trn2_efa_cs3", policy: PolicyName = "phase_split", objective: Objective = "e2e",
-    prompt: Prompt = None, new_tokens: NewTokens = None, batch: Batch = None, seed: Annotated[int, typer.Option("--seed", help="of the random weights", min=0)] = 0,
-    trips: Trips = None, as_json: AsJson = False, default_options: Annotated[bool, typer.Option("--default-options", help="compile with XLA's defaults instead of the strict ones")] = False,
-    json_file: Annotated[Optional[Path], typer.Option("--json-file", help="write the verdict as JSON")] = None,  # noqa: UP045
-    junit: Annotated[Optional[Path], typer.Option("--junit", help="write the verdict as JUnit XML")] = None,  # noqa: UP045
-    sharding: Sharding = "search", sets: Sets = None, oracle: Annotated[bool, typer.Option("--oracle", help="hold both against float64, too")] = False,
-    target: Annotated[bool, typer.Option("--target", help="what would the arithmetic of the devices do?")] = False,
-    shrink: Annotated[bool, typer.Option("--shrink", help="check a sibling with small widths, cut at the same places as the whole model's plan")] = False,
-    wire: Annotated[Optional[list[str]], typer.Option("--wire", help="with --target: formats in which values may cross; bfloat16 and float8_e4m3 unless told")] = None,  # noqa: UP045
-    against: Annotated[Optional[Path], typer.Option("--against", help="a recorded run that the outputs may not drift from")] = None,  # noqa: UP045
-    accept: Annotated[Optional[str], typer.Option("--accept", help="with --against: record this run anew, for this reason")] = None,  # noqa: UP045
-    budget: Annotated[Optional[float], typer.Option("--budget", help="with --against: how far floats may move, as a share of their rms", min=0)] = None,  # noqa: UP045
-) -> None:  # fmt: skip
-    """Run a plan's stages on CPU and hold their numbers against the uncut model. Ends with 0 equal, 1 not equal."""
-    from partition import equivalence, execution, numerics, origin, reporting
-    from partition.outputs import writable, write
-    from partition.pipeline import sibling
-    from partition.program import compile_cache
-
-    compile_cache()
-    if against is None and (accept is not None or budget is not None):
-        raise PartitionError("there is no recorded run to hold this one against", where="--accept" if accept is not None else "--budget", mend="name its file: --against baseline.json")
-    if accept is not None and not accept.strip():
-        raise PartitionError("a run is not recorded without a reason", where="--accept", mend="say why it is right: --accept 'new jaxlib, checked by hand'")
-    for file in (json_file, junit):
-        if file is not None and file.is_dir():
-            raise PartitionError("that is a folder", where=str(file), mend="name a file in it")
-    writable(*(file.parent for file in (json_file, junit) if file is not None))
-    sizes = sizes_of(model, USUAL | {"prompt": 16, "new_tokens": 8}, prompt=prompt, new_tokens=new_tokens, batch=batch)
-    made, args = make_plan(model, cluster, policy, objective, sizes, trips, seed=None if shrink else seed, sets=sets, sharding=sharding)
-    with progress() as say:
-        unlike: tuple[str, ...] = ()
-        if shrink:
-            say("carry the plan over to a sibling with small widths")
-            made, args, unlike = sibling(made, model, seed=seed)
-        say("cut")
-        runner = execution.prepare(made.stages, strict=not default_options, progress=say)
-        say("run cut and uncut, compare")
-        try:
-            verdict, code = equivalence.check(made.stages, *args, strict=not default_options, oracle=oracle or against is not None, runner=runner), ExitCode.OK
-        except EquivalenceError as error:
-            verdict, code = error.verdict, ExitCode.MISMATCH  # type: ignore[assignment]
-        found = numerics.effects(made.stages, *args, wires=wire or ("bfloat16", "float8_e4m3"), progress=say) if target or wire else ()
-    verdict = dataclasses.replace(verdict, not_shown=(*verdict.not_shown, *unlike))
-    if found:
-        verdict = dataclasses.replace(verdict, target=numerics.summary(found))
-    drifted = _drift(f"{made.title}, seed {seed}", runner(*args), verdict, against, accept, budget) if against is not None and code is ExitCode.OK else []
-    code = ExitCode.MISMATCH if drifted else code
-    raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "made": origin.made(made.problem.cluster, seed=seed), "effects": [dataclasses.asdict(e) for e in found], "drift": drifted} | dataclasses.asdict(verdict), indent=1, default=str)
-    print(raw if as_json else verdict)
-    if found and not as_json:
-        print(numerics.effects_text(found))
-    if json_file is not None:
-        write(json_file.parent, {json_file.name: raw})
-    if drifted and not as_json:
-        print("\n".join(drifted))
-    if junit is not None:
-        write(junit.parent, {junit.name: reporting.junit(made.title, verdict)})
-    raise typer.Exit(code)
-
-
-def _drift(title: str, result: Any, verdict: Any, against: Path, accept: str | None, budget: float | None) -> list[str]:
-    """How a run drifted from a recorded one; empty where it did not, or was recorded anew."""
-    from partition import baselines
-    from partition.distances import TOLERANCE
-
-    if accept is not None or not against.exists():
-        if accept is None:
-            raise PartitionError("there is no recorded run yet", where=str(against), mend="record this one: --accept 'why it is right'")
-        baselines.save(baselines.recorded(title, result, reason=accept, verdict=verdict), against)
-        print(f"recorded {against}: {accept}", file=sys.stderr)
-        return []
-    old = baselines.load(against)
-    if old["title"] != title:
-        raise PartitionError(f"the recorded run is of {old['title']}", where=f"{against}; this one is of {title}", mend="run the same again, or record this one: --accept 'why it is right'")
-    moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(TOLERANCE, budget), verdict=verdict)
-    if not moved:
-        return []
-    return [f"DRIFTED from {against} ({old['title']}; taken as right because: {old['reason']})", *(f"  {m}" for m in moved), *(f"  since then {c}" for c in changed)]
-
-
 @app.command("validate")
 def validate_command(
     folder: Annotated[Optional[Path], typer.Argument(help="a folder of measurements; those of the package by default")] = None,  # noqa: UP045
@@ -369,6 +286,7 @@ def demo_command(
 def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
     gc.set_threshold(50_000)  # loading modules and tracing make many values that stay: to look through them ever again takes a tenth of a short verb
+    import partition.checking
     import partition.comparing
     import partition.exporting  # noqa: F401  (their verbs register themselves)
 

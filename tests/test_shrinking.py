@@ -50,3 +50,17 @@ def test_widths_shrink_and_structure_stays() -> None:
     whole = llama.CONFIGS["llama-3.1-70b"]
     small = shrunken(whole)
     assert (small.layers, small.heads, small.kv_heads) == (80, 64, 8) and (small.vocab, small.dim, small.ffn, small.head_dim) == (256, 64, 64, 8)
+
+
+def test_a_plan_that_one_wafer_does_not_hold_is_made_for_the_next_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    from partition.checking import on_first_that_holds
+    from partition.errors import InfeasibleError
+
+    def make(cluster: str) -> Any:
+        if cluster != "large":
+            raise InfeasibleError("too much", where=cluster, mend="take a larger one")
+        return cluster
+
+    assert on_first_that_holds(make, ("small", "large")) == "large" and "small does not hold it" in capsys.readouterr().err
+    with pytest.raises(InfeasibleError):
+        on_first_that_holds(make, ("small",))  # one that was named is kept
