@@ -88,7 +88,7 @@ def check(
     if not equal and not seen and trips + 1 < longer and misread is None:  # it diverges later than was looked
         return check(stages, *args, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
     right, sharding = _reasons(args, reference, runner, outputs, boundaries, tolerance, equal=equal)
-    tie = _tie(args, reference, runner, loaded) if not equal and misread is None and tolerance is None else None
+    tie = _tie(args, reference, result, record, runner, loaded) if not equal and misread is None and tolerance is None else None
     if tie is not None:
         equal, culprit, (right, sharding) = True, None, tie
     bitwise = equal and all(d.bitwise for d in outputs)
@@ -121,14 +121,14 @@ def _alone(runner: Runner, strict: bool) -> Runner:
     return runner.once(("alone", strict), lambda: prepare(runner.stages, strict=strict, alone=True))
 
 
-def _tie(args: tuple[Any, ...], reference: Any, runner: Runner, loaded: Mapping[int, Any]) -> tuple[str, str] | None:
+def _tie(args: tuple[Any, ...], reference: Any, result: Any, record: Record, runner: Runner, loaded: Mapping[int, Any]) -> tuple[str, str] | None:
     """What the first two questions are answered where only the order of sums on sharded meshes tipped a choice; None where something else differs."""
     if all(mesh.size < 2 for mesh in runner.meshes.values()):
         return None
     alone = compared(reference, _alone(runner, runner.strict)(*args), None)
     if not all(d.equal for d in alone):
         return None
-    said = ties.tipped(runner, loaded, References(runner, loaded, runner.stages.problem.workload.trips))
+    said = ties.tipped(runner, loaded, References(runner, loaded, runner.stages.problem.workload.trips), result, record)
     if said is None:
         return None
     return f"yes, {'bit for bit' if all(d.bitwise for d in alone) else 'within bounds'} on one host device a mesh", f"yes, the order of its sums tips a choice at a near tie, and what follows is of another choice; each op gives what it should from what it reads. {said}"

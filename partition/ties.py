@@ -22,25 +22,27 @@ from partition._jax.rewriting import unconstrained
 from partition.dispatch import Arrays, Machine
 from partition.distances import compare, floating, judged
 from partition.divergence import describe
-from partition.execution import Runner
+from partition.execution import Record, Runner
 from partition.graph import Value
 from partition.references import References
 from partition.stages import Stage
 from partition.verdict import largest
 
 
-def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References) -> str | None:
-    """The choice that was tipped, where every link of a run holds; None where one does not, or where no choice is another one. refs: of all trips of the token loop."""
+def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References, result: Any, record: Record) -> str | None:
+    """The choice that was tipped, where every link of a run holds that gives the same as one did before (its result and record); None where one does not, or where no choice is another
+    one. refs: of all trips of the token loop."""
     witnesses: list[_Witness] = []
 
     def watched(machine: Machine) -> Machine:
-        witnesses.append(_Witness(machine, runner, loaded, refs))
+        witnesses.append(_Witness(machine, runner, loaded, refs, record))
         return witnesses[0]
 
     try:
-        result, _ = runner.run(loaded, beside=watched)
-        for made in jax.tree_util.tree_leaves(result):
+        again, _ = runner.run(loaded, beside=watched)
+        for made, before in zip(jax.tree_util.tree_leaves(again), jax.tree_util.tree_leaves(result), strict=True):
             _same("an output is not what was made", made.host, made.real)
+            _same("an output is another one than before", before, made.real)
     except _BrokenError:
         return None
     return witnesses[0].choice
@@ -110,8 +112,8 @@ def _hold(eqn: Any, given: Sequence[Any], want: Sequence[Any] | None, got: Seque
 class _Witness:
     """A machine that has each value twice: as the run's machine has it, and on the host as it was made, never moved."""
 
-    def __init__(self, machine: Machine, runner: Runner, loaded: Mapping[int, Any], refs: References):
-        self.machine, self.runner, self.loaded, self.refs = machine, runner, loaded, refs
+    def __init__(self, machine: Machine, runner: Runner, loaded: Mapping[int, Any], refs: References, record: Record):
+        self.machine, self.runner, self.loaded, self.refs, self.record = machine, runner, loaded, refs, record
         self.arrays: Arrays = self
         self.choice: str | None = None
         self.own = _Ways(_jax.as_function, runner.options)
@@ -124,6 +126,9 @@ class _Witness:
             _same(f"{at} reads another value {v}", array.host, array.real)
         made = self.machine.compute(stage, [a.real for a in arrays], trip)
         hosts = [_jax.to_numpy(a).copy() for a in made]
+        for table, values, arrays_now in ((self.record.read, stage.inputs, [a.host for a in arrays]), (self.record.kept, stage.outputs, hosts)):
+            for v, now in zip(values, arrays_now, strict=True):
+                _same(f"{at} has another value {v} than before", table.get((stage.id, trip, v), now), now)
         inputs = [_jax.from_numpy(a.host, self.runner.lowered.avals[v[0]]) for v, a in zip(stage.inputs, arrays, strict=True)]
         spread = [jax.device_put(x, self.runner.sharding(v, stage.mesh)) for x, v in zip(inputs, stage.inputs, strict=True)]
         jaxpr, mesh = self.jaxprs[stage.id], self.meshes[stage.mesh]

@@ -130,3 +130,17 @@ def test_no_fault_of_a_sharded_stage_hides_behind_a_tie(name: str, fault: str) -
 def test_no_fault_of_a_transfer_hides_behind_a_tie(fault: str) -> None:
     with RUNS[fault](), pytest.raises(EquivalenceError, match=r"arrives wrong|differ"):
         pt.check(stages("flat"), *args())
+
+
+@pytest.mark.parametrize("where", ["of the first run alone", "of the second run alone"])
+def test_a_fault_of_one_run_does_not_hide_behind_another(where: str) -> None:
+    good, calls = execution._Computer.move, [0]
+
+    def move(self: Any, array: Any, value: Any, src: int, dst: int) -> Any:
+        calls[0] += 1
+        got = good(self, array, value, src, dst)
+        return got * 2 if calls[0] == (1 if where == "of the first run alone" else 3) else got  # the run, then the stages unsharded, then the run again
+
+    with patched(execution._Computer, "move", move), pytest.raises(EquivalenceError):
+        print(pt.check(stages("flat"), *args()))
+    assert calls[0] >= 3 or where == "of the first run alone"
