@@ -189,6 +189,29 @@ def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any, 
     return dataclasses.replace(difference, oracle=(_rms(own), _rms(other)), equal=rounding, rounding=rounding)
 
 
+def near(reference: Any, candidate: Any, oracle: Any = None, operands: Sequence[Any] = ()) -> bool:
+    """Whether two arrays are one but for roundings, in every index of every dimension: bounds are shares of the scale of each, so that no loud row hides a quiet one. oracle: the same in
+    float64; with it, it is enough that the candidate errs OWN times as much as the reference does there, or would at its scale, or by OWN roundings of an operand's element in its place, as where a product
+    is not rounded before a sum takes it."""
+    d = compare("it", reference, candidate)
+    if d.bitwise or not floating(d.dtype) or d.invalid or d.other:
+        return d.equal
+    a, b = (parts(_jax.to_numpy(x)).astype(np.float64) for x in (reference, candidate))
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+    truth = a if oracle is None else np.where(finite, parts(_jax.to_numpy(oracle)).astype(np.float64), 0.0)
+    own, other, room, floor = np.abs(a - truth), np.abs(b - truth), np.full(a.shape, np.inf), np.zeros(a.shape)
+    for x in operands:
+        if floating(str((held := _jax.to_numpy(x)).dtype)) and held.shape == np.shape(reference):
+            floor = np.maximum(floor, OWN * EPS.get(d.dtype, 0.0) * np.nan_to_num(np.abs(parts(held).astype(np.float64))))
+    for axes in [(), *((i,) for i in range(a.ndim) if a.size >= FEW * a.shape[i])]:
+        rest = tuple(i for i in range(a.ndim) if i not in axes)
+        scale, noise = (np.abs(x).max(axis=rest, keepdims=True, initial=0.0) for x in (truth, own))
+        usual = np.median(noise[scale > 0] / scale[scale > 0]) if (scale > 0).any() else 0.0
+        room = np.minimum(room, np.maximum(d.bound * scale, OWN * np.maximum(noise, usual * scale)))
+    return bool((other <= np.maximum(room, floor)).all())
+
+
 def held_wide(difference: Difference, reference: Any, candidate: Any, rough: float) -> Difference:
     """A difference that the rounding of narrow floats excuses, with both sides in float64: there one function agrees with itself in whatever order it computes, up to the constants
     that it rounds. rough: the bound of the narrowest floats; a quarter of it is no constant's rounding."""

@@ -152,19 +152,20 @@ def _read(stages: Stages, stage: Stage, record: Record, refs: References, trip: 
 
 
 def recomputed(stages: Stages, record: Record, refs: References, tensor: int) -> dict[int, np.ndarray]:
-    """Trip -> a value inside a stage, from the inputs that the run read; empty where no stage makes it as one."""
+    """Trip -> a value inside a stage as its mesh computes it, from the inputs that the run read; empty where no stage makes it as one."""
     stage = next((s for s in stages.all if any((tensor, None) in writes(op, span) for op, span in s.items)), None)
     if stage is None:
         return {}
+    runner, mesh = refs.runner, stage.mesh
 
     def compiled() -> Callable[..., Any]:
-        inner = _jax.as_function(expose(stage.jaxpr)[0])
+        inner = runner.form(expose(stage.jaxpr)[0], mesh)
         at = [v for op, span in stage.items for v in writes(op, span)].index((tensor, None))
         return jax.jit(lambda *inputs: inner(*inputs)[at], compiler_options=refs.options)
 
-    fn = refs.runner.once(("inside", stage.id, tensor), compiled)
+    fn = runner.once(("inside", stage.id, tensor), compiled)
     trips = sorted({trip for s, trip, _ in record.kept if s == stage.id})
-    return {trip: np.asarray(fn(*_read(stages, stage, record, refs, trip))) for trip in trips}
+    return {trip: np.asarray(fn(*[jax.device_put(x, runner.sharding(v, mesh)) for x, v in zip(_read(stages, stage, record, refs, trip), stage.inputs, strict=True)])) for trip in trips}
 
 
 def _first_equation(clean: Any, given: Any, inputs: Sequence[Any], options: Any, differs: Differs, theirs: bool = False) -> tuple[int, str, str] | None:

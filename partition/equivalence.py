@@ -88,9 +88,11 @@ def check(
     if not equal and not seen and trips + 1 < longer and misread is None:  # it diverges later than was looked
         return check(stages, *args, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
     right, sharding = _reasons(args, reference, runner, outputs, boundaries, tolerance, equal=equal)
-    tie = _tie(args, reference, result, record, runner, loaded) if not equal and misread is None and tolerance is None else None
+    tie, broken = _tie(args, reference, result, record, runner, loaded) if not equal and misread is None and tolerance is None else (None, None)
     if tie is not None:
         equal, culprit, (right, sharding) = True, None, tie
+    elif broken is not None and culprit is not None and divergence.AGREES in culprit:
+        culprit = broken  # op by op on the mesh
     bitwise = equal and all(d.bitwise for d in outputs)
     if oracle:
         wanted = [truth().get((t, None), -1) for t in program.graph.outputs]
@@ -121,17 +123,19 @@ def _alone(runner: Runner, strict: bool) -> Runner:
     return runner.once(("alone", strict), lambda: prepare(runner.stages, strict=strict, alone=True))
 
 
-def _tie(args: tuple[Any, ...], reference: Any, result: Any, record: Record, runner: Runner, loaded: Mapping[int, Any]) -> tuple[str, str] | None:
-    """What the first two questions are answered where only the order of sums on sharded meshes tipped a choice; None where something else differs."""
+def _tie(args: tuple[Any, ...], reference: Any, result: Any, record: Record, runner: Runner, loaded: Mapping[int, Any]) -> tuple[tuple[str, str] | None, str | None]:
+    """(what the first two questions are answered where only the order of sums on sharded meshes tipped a choice, None where something else differs; the op that differs, where it
+    is one of a sharded stage)."""
     if all(mesh.size < 2 for mesh in runner.meshes.values()):
-        return None
+        return None, None
     alone = compared(reference, _alone(runner, runner.strict)(*args), None)
     if not all(d.equal for d in alone):
-        return None
-    said = ties.tipped(runner, loaded, References(runner, loaded, runner.stages.problem.workload.trips), result, record)
+        return None, None
+    said, broken = ties.tipped(runner, loaded, References(runner, loaded, runner.stages.problem.workload.trips), result, record)
     if said is None:
-        return None
-    return f"yes, {'bit for bit' if all(d.bitwise for d in alone) else 'within bounds'} on one host device a mesh", f"yes, the order of its sums tips a choice at a near tie, and what follows is of another choice; each op gives what it should from what it reads. {said}"
+        return None, broken
+    exact = "bit for bit" if all(d.bitwise for d in alone) else "within bounds"
+    return (f"yes, {exact} on one host device a mesh", f"yes, the order of its sums tips a choice at a near tie, and what follows is of another choice; each op gives what it should from what it reads. {said}"), None
 
 
 def _unrun(stages: Stages, culprit: str) -> Verdict:

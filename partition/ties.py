@@ -20,18 +20,20 @@ from partition._jax.bodies import environment, expose, inside, kept, stepped
 from partition._jax.lifting import Float64, bind
 from partition._jax.rewriting import unconstrained
 from partition.dispatch import Arrays, Machine
-from partition.distances import compare, floating, judged
+from partition.distances import compare, floating, near
 from partition.divergence import describe
 from partition.execution import Record, Runner
 from partition.graph import Value
 from partition.references import References
 from partition.stages import Stage
-from partition.verdict import largest
+
+JUMPS = frozenset({"sort", "sign", "floor", "ceil", "round", "rem"})
+"""Ops that choose and give floats all the same."""
 
 
-def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References, result: Any, record: Record) -> str | None:
-    """The choice that was tipped, where every link of a run holds that gives the same as one did before (its result and record); None where one does not, or where no choice is another
-    one. refs: of all trips of the token loop."""
+def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References, result: Any, record: Record) -> tuple[str | None, str | None]:
+    """(the choice that was tipped, where every link of a run holds that gives the same as one did before, its result and record; else None; the stage and op that do not hold, where one does
+    not). refs: of all trips of the token loop."""
     witnesses: list[_Witness] = []
 
     def watched(machine: Machine) -> Machine:
@@ -43,18 +45,22 @@ def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References, result: 
         for made, before in zip(jax.tree_util.tree_leaves(again), jax.tree_util.tree_leaves(result), strict=True):
             _same("an output is not what was made", made.host, made.real)
             _same("an output is another one than before", before, made.real)
-    except _BrokenError:
-        return None
-    return witnesses[0].choice
+    except _BrokenError as broken:
+        return None, broken.where
+    return witnesses[0].choice, None
 
 
 class _BrokenError(Exception):
-    """A link that does not hold."""
+    """A link that does not hold: how, inside which equations, and where in the program, where a stage is at fault."""
+
+    def __init__(self, how: str, way: Sequence[Any] = (), where: str | None = None):
+        super().__init__(how)
+        self.how, self.way, self.where = how, way, where
 
 
-def _same(what: str, want: Any, got: Any) -> None:
+def _same(what: str, want: Any, got: Any, where: str | None = None) -> None:
     if _jax.to_numpy(want).tobytes() != _jax.to_numpy(got).tobytes():
-        raise _BrokenError(what)
+        raise _BrokenError(what, (), where and f"{where}: {what}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,8 +93,11 @@ class _Ways:
         read = self.read(jaxpr, inputs)
         for eqn in _jax.body_of(jaxpr).eqns:
             given = [read(a) for a in eqn.invars]
-            want = stepped(eqn, given, self.held)
-            _hold(eqn, given, want, [read(v) if v in kept(eqn) else None for v in eqn.outvars])
+            try:
+                want = stepped(eqn, given, self.held)
+                _hold(eqn, given, want, [read(v) if v in kept(eqn) else None for v in eqn.outvars])
+            except _BrokenError as broken:
+                raise _BrokenError(broken.how, (eqn, *broken.way)) from None
         return [read(v) for v in _jax.body_of(jaxpr).outvars]
 
 
@@ -99,14 +108,14 @@ def _hold(eqn: Any, given: Sequence[Any], want: Sequence[Any] | None, got: Seque
     made = bind(eqn, alone) if want is None else want
     wide = None
     for n, (a, b) in enumerate(zip(made, got, strict=True)):
-        if b is None or (d := compare("it", a, b)).equal:
+        if b is None or near(a, b):
             continue
-        if want is None and wide is None and floating(d.dtype):
+        if want is None and wide is None and floating(str(b.dtype)):
             with jax.enable_x64(True):
                 exact = Float64()
                 wide = exact.leaf(eqn, [exact.enter(x, v.aval) for x, v in zip(alone, eqn.invars, strict=True)])
-        if wide is None or not judged(d, wide[n], a, b, size=largest(given)).equal:
-            raise _BrokenError(f"{eqn.primitive.name}: {d}")
+        if wide is None or not near(a, b, wide[n], alone):
+            raise _BrokenError(f"its result {compare('on one device and on the mesh', a, b)}")
 
 
 class _Witness:
@@ -121,36 +130,46 @@ class _Witness:
         self.jaxprs = {s.id: unconstrained(s.jaxpr) for s in runner.stages.all}
 
     def compute(self, stage: Stage, arrays: Sequence[_Twice], trip: int) -> Sequence[_Twice]:
-        at = f"stage {stage.id}, trip {trip}"
         for v, array in zip(stage.inputs, arrays, strict=True):
-            _same(f"{at} reads another value {v}", array.host, array.real)
+            _same(f"it reads another value {v[0]} than was made", array.host, array.real, self._at(stage, trip))
         made = self.machine.compute(stage, [a.real for a in arrays], trip)
         hosts = [_jax.to_numpy(a).copy() for a in made]
         for table, values, arrays_now in ((self.record.read, stage.inputs, [a.host for a in arrays]), (self.record.kept, stage.outputs, hosts)):
             for v, now in zip(values, arrays_now, strict=True):
-                _same(f"{at} has another value {v} than before", table.get((stage.id, trip, v), now), now)
+                _same(f"run again, it has another value {v[0]}", table.get((stage.id, trip, v), now), now, self._at(stage, trip))
         inputs = [_jax.from_numpy(a.host, self.runner.lowered.avals[v[0]]) for v, a in zip(stage.inputs, arrays, strict=True)]
         spread = [jax.device_put(x, self.runner.sharding(v, stage.mesh)) for x, v in zip(inputs, stage.inputs, strict=True)]
         jaxpr, mesh = self.jaxprs[stage.id], self.meshes[stage.mesh]
         shared = self.runner.meshes[stage.mesh].size > 1
-        if not _alike(self.own(jaxpr, inputs), hosts) and not (shared and _alike(mesh.held(jaxpr, spread), hosts)):
-            raise _BrokenError(f"{at} does not make what its equations give")
-        if self.choice is None and not _alike([self.refs.get(v, trip) for v in stage.outputs], hosts):
-            self.choice = self._choice(stage, jaxpr, trip, spread)
+        if not _near(self.own(jaxpr, inputs), hosts):
+            try:
+                if not shared or not _near(mesh.held(jaxpr, spread), hosts):
+                    raise _BrokenError("it does not make what its equations give from what it read")
+            except _BrokenError as broken:
+                raise _BrokenError(broken.how, broken.way, f"{self._at(stage, trip)}: {self._named(stage, jaxpr, broken.way)}{broken.how}") from None
+        if self.choice is None:
+            uncut = [self.refs.get(v, trip) for v in stage.outputs]
+            if any(a is None for a in uncut) or not _near(uncut, hosts):  # what passes between ranges of a scan the uncut program does not have
+                self.choice = self._choice(stage, jaxpr, trip, spread, inputs)
         return [_Twice(a, host) for a, host in zip(made, hosts, strict=True)]
 
-    def _choice(self, stage: Stage, jaxpr: Any, trip: int, spread: Sequence[Any]) -> str | None:
-        """The first op of a stage whose whole numbers are other ones than in the uncut program."""
+    def _choice(self, stage: Stage, jaxpr: Any, trip: int, spread: Sequence[Any], read: Sequence[Any]) -> str | None:
+        """The first op of a stage that chooses otherwise than in the uncut program; than on one device, where the uncut program does not have what the stage read."""
         wanted = [self.refs.get(v, trip) for v in stage.inputs]
-        uncut = [_jax.from_numpy(self._argument(v) if a is None else a, self.runner.lowered.avals[v[0]]) for v, a in zip(stage.inputs, wanted, strict=True)]
+        uncut = [a if want is None else _jax.from_numpy(want, self.runner.lowered.avals[v[0]]) for v, want, a in zip(stage.inputs, wanted, read, strict=True)]
         found = _other(self.own, self.meshes[stage.mesh], jaxpr, uncut, spread)
-        if found is None:
-            return None
-        (first, *rest), how = found
-        op = stage.items[_jax.body_of(jaxpr).eqns.index(first)][0]
-        inner = f", inside it {rest[-1].primitive.name} at {_jax.source(rest[-1], (first, None))}" if rest else ""
-        where = f"stage {stage.id} on {self.runner.stages.problem.meshes[stage.mesh]}" + (f", trip {trip}" if trip >= 0 else "")
-        return f"{where}: {describe(self.runner.program, op)}{inner}, {how}"
+        return None if found is None else f"{self._at(stage, trip)}: {self._named(stage, jaxpr, found[0])}{found[1]}"
+
+    def _at(self, stage: Stage, trip: int) -> str:
+        return f"stage {stage.id} on {self.runner.stages.problem.meshes[stage.mesh]}" + (f", trip {trip}" if trip >= 0 else "")
+
+    def _named(self, stage: Stage, jaxpr: Any, way: Sequence[Any]) -> str:
+        """The op of a stage that stands at the end of a way into it; empty for none."""
+        if not way:
+            return ""
+        op = stage.items[_jax.body_of(jaxpr).eqns.index(way[0])][0]
+        inner = f", inside it {way[-1].primitive.name} at {_jax.source(way[-1], (way[0], None))}" if len(way) > 1 else ""
+        return f"{describe(self.runner.program, op)}{inner}, "
 
     def given(self, value: Value, mesh: int) -> _Twice:
         return _Twice(self.machine.given(value, mesh), self._argument(value))
@@ -188,12 +207,12 @@ class _Witness:
         return self.machine.arrays.truth(array.real)
 
 
-def _alike(want: Sequence[Any], got: Sequence[Any]) -> bool:
-    return all(a is None or compare("it", a, b).equal for a, b in zip(want, got, strict=True))
+def _near(want: Sequence[Any], got: Sequence[Any]) -> bool:
+    return all(a is None or near(a, b) for a, b in zip(want, got, strict=True))
 
 
 def _other(one: _Ways, other: _Ways, jaxpr: Any, uncut: Sequence[Any], given: Sequence[Any]) -> tuple[list[Any], str] | None:
-    """(the way to the first equation whose whole numbers differ, how far what it chooses from does), of one jaxpr computed in two ways from two sets of inputs."""
+    """(the way to the first equation that chooses otherwise, how far what it chooses from differs), of one jaxpr computed in two ways from two sets of inputs."""
     want, got = one.read(jaxpr, uncut), other.read(jaxpr, given)
     for eqn in _jax.body_of(jaxpr).eqns:
         pairs = [compare("it", want(v), got(v)) for v in kept(eqn)]
@@ -202,7 +221,7 @@ def _other(one: _Ways, other: _Ways, jaxpr: Any, uncut: Sequence[Any], given: Se
         for (body, _, a), (rival, _, b) in zip(inside(eqn, eqn, want, one), inside(eqn, eqn, got, other), strict=False):
             if body is rival and (found := _other(one, other, body, a, b)) is not None:
                 return [eqn, *found[0]], found[1]
-        if any(not d.equal and not floating(d.dtype) for d in pairs):
+        if any(not d.equal and (not floating(d.dtype) or eqn.primitive.name in JUMPS) for d in pairs):
             read = [d for a in eqn.invars if floating((d := compare("it", want(a), got(a))).dtype) and not d.bitwise]
             return [eqn], f"which chooses from numbers {max((d.relative for d in read), default=0.0):.2g} of scale apart"
     return None

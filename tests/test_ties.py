@@ -144,3 +144,61 @@ def test_a_fault_of_one_run_does_not_hide_behind_another(where: str) -> None:
     with patched(execution._Computer, "move", move), pytest.raises(EquivalenceError):
         print(pt.check(stages("flat"), *args()))
     assert calls[0] >= 3 or where == "of the first run alone"
+
+
+def test_rows_that_are_destroyed_beside_loud_ones_are_no_tie() -> None:
+    rng, dtype = np.random.default_rng(0), jnp.bfloat16
+    x = rng.normal(size=(64, WIDTH))
+    x[60:] *= 2e-3  # four quiet rows
+    given = ((rng.normal(size=(WIDTH, 8)) / 8).astype(dtype), rng.normal(size=(8, WIDTH)).astype(dtype), x.astype(dtype))
+    program = pt.trace(lambda head, table, x: jnp.tanh(table[jnp.argmax(x @ head, -1)] + x), *given)
+    problem = pt.pose(pt.tag(program, loop="none"), pt.cluster("trn2_efa_4cs3"), sharding="tensor", level="op")
+    made = pt.cut(program, problem.placement([0] + [1] * (len(problem) - 1)))
+    assert pt.check(made, *given).equal
+    for fault in (lambda a: a.at[60:].set(0), lambda a: a.at[60].set(0), lambda a: a.at[60:].set(jnp.roll(a[60:], 1, -1))):
+        with tampered(fault), pytest.raises(EquivalenceError, match="stage 0 on trn2"):
+            print(pt.check(made, *given))
+
+
+def condition(head: Any, table: Any, x: Any) -> Any:
+    def goes_on(s: Any) -> Any:
+        return (scores(s[0], head)[0, 0] >= scores(s[0], head)[0, 1]) & (s[1] < 9.0)
+
+    return jnp.tanh(jax.lax.while_loop(goes_on, lambda s: (jnp.tanh(s[0] * 1.05 + 0.1), s[1] + 1.0), (x, 0.0))[0])
+
+
+def of_floats(how: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda head, table, x: jnp.tanh(x * how(scores(x, head)))
+
+
+FORMS = {
+    "a condition": (condition, 5), "a sign": (of_floats(lambda s: jnp.sign(s[:, :1] - s[:, 1:])), None),
+    "a floor": (of_floats(lambda s: jnp.floor(s[:, :1] - s[:, 1:])), None), "a comparison": (of_floats(lambda s: jnp.where(s[:, :1] > s[:, 1:], 1.0, -1.0)), None),
+    "a sort": (of_floats(lambda s: jax.lax.sort((s, jnp.broadcast_to(jnp.arange(2.0) * 3 - 1, s.shape)), num_keys=1)[1][:, :1]), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_choices_of_every_form_are_known(form: str) -> None:
+    fn, trips = FORMS[form]
+    program = pt.trace(fn, *args())
+    problem = pt.pose(pt.tag(program, loop="none"), pt.cluster("trn2_efa_4cs3"), sharding="tensor", level="op", trips=trips)
+    verdict = pt.check(pt.cut(program, problem.placement([0] * len(problem))), *args())
+    assert verdict.tie and verdict.equal and "tips a choice" in verdict.sharding
+
+
+def test_a_choice_in_a_range_of_a_scan_is_known() -> None:
+    rng, dtype = np.random.default_rng(0), np.float32
+    router = rng.normal(size=(6, WIDTH, 4)).astype(dtype)
+    router[..., 2:] = router[..., :2] * (1 + np.finfo(dtype).eps * rng.choice([-1, 0, 0, 0, 1], (6, WIDTH, 2)).astype(dtype))  # experts that are twins but for roundings
+    weights = {"up": rng.normal(size=(6, WIDTH, 128)).astype(dtype) / 8, "down": rng.normal(size=(6, 128, WIDTH)).astype(dtype) / 11, "router": router, "experts": rng.normal(size=(6, 4, WIDTH)).astype(dtype)}
+    x = rng.normal(size=(16, WIDTH)).astype(dtype)
+
+    def layer(h: Any, w: Any) -> Any:
+        h = h + jnp.tanh(h @ w["up"]) @ w["down"]
+        return jnp.tanh(h + w["experts"][jnp.argmax(h @ w["router"], -1)]), None
+
+    program = pt.trace(lambda w, x: jax.lax.scan(layer, x, w)[0] * 2, weights, x)
+    problem = pt.pose(pt.tag(program, loop="none"), pt.cluster("trn2_efa_4cs3"), sharding="tensor")
+    verdict = pt.check(pt.cut(program, problem.placement([0, 0, 0, 1, 1, 1, 1])), weights, x)
+    assert verdict.equal and verdict.tie and "argmax" in verdict.sharding

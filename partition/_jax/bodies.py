@@ -75,8 +75,10 @@ def inside(want: Any, got: Any, read: Callable[[Any], Any], run: Callable[[Any, 
     elif want.primitive.name == "while":
         first, second = want.params["cond_nconsts"], want.params["cond_nconsts"] + want.params["body_nconsts"]
         state = values[second:]
-        while bool(run(want.params["cond_jaxpr"], [*values[:first], *state])[0]):
+        while True:
             yield want.params["cond_jaxpr"], got.params["cond_jaxpr"], [*values[:first], *state]
+            if not bool(run(want.params["cond_jaxpr"], [*values[:first], *state])[0]):
+                return
             yield want.params["body_jaxpr"], got.params["body_jaxpr"], [*values[first:second], *state]
             state = run(want.params["body_jaxpr"], [*values[first:second], *state])
     elif want.primitive.name == "cond":

@@ -46,7 +46,7 @@ def wide_sums(jaxpr: Any) -> Any:
     """
 
     def change(eqn: Any) -> list[Any] | None:
-        if eqn.primitive.name != "dot_general":
+        if eqn.primitive.name not in ("dot_general", "ragged_dot_general"):
             return None
         out, eqns, given = eqn.outvars[0], [], []
         if not jnp.issubdtype(out.aval.dtype, jnp.floating):
