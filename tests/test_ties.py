@@ -115,7 +115,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["flat", "layers", pytest.param("steps", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_fault_of_a_sharded_stage_hides_behind_a_tie(name: str, fault: str) -> None:
     change = CHANGES.get(fault.removeprefix("equations: "))
