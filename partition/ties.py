@@ -138,27 +138,30 @@ class _Witness:
             for v, now in zip(values, arrays_now, strict=True):
                 _same(f"run again, it has another value {v[0]}", table.get((stage.id, trip, v), now), now, self._at(stage, trip))
         inputs = [_jax.from_numpy(a.host, self.runner.lowered.avals[v[0]]) for v, a in zip(stage.inputs, arrays, strict=True)]
-        spread = [jax.device_put(x, self.runner.sharding(v, stage.mesh)) for x, v in zip(inputs, stage.inputs, strict=True)]
         jaxpr, mesh = self.jaxprs[stage.id], self.meshes[stage.mesh]
         shared = self.runner.meshes[stage.mesh].size > 1
         if not _near(self.own(jaxpr, inputs), hosts):
             try:
-                if not shared or not _near(mesh.held(jaxpr, spread), hosts):
+                if not shared or not _near(mesh.held(jaxpr, self._spread(stage, inputs)), hosts):
                     raise _BrokenError("it does not make what its equations give from what it read")
             except _BrokenError as broken:
                 raise _BrokenError(broken.how, broken.way, f"{self._at(stage, trip)}: {self._named(stage, jaxpr, broken.way)}{broken.how}") from None
         if self.choice is None:
             uncut = [self.refs.get(v, trip) for v in stage.outputs]
             if any(a is None for a in uncut) or not _near(uncut, hosts):  # what passes between ranges of a scan the uncut program does not have
-                self.choice = self._choice(stage, jaxpr, trip, spread, inputs)
+                self.choice = self._choice(stage, jaxpr, trip, inputs)
         return [_Twice(a, host) for a, host in zip(made, hosts, strict=True)]
 
-    def _choice(self, stage: Stage, jaxpr: Any, trip: int, spread: Sequence[Any], read: Sequence[Any]) -> str | None:
+    def _choice(self, stage: Stage, jaxpr: Any, trip: int, read: Sequence[Any]) -> str | None:
         """The first op of a stage that chooses otherwise than in the uncut program; than on one device, where the uncut program does not have what the stage read."""
         wanted = [self.refs.get(v, trip) for v in stage.inputs]
         uncut = [a if want is None else _jax.from_numpy(want, self.runner.lowered.avals[v[0]]) for v, want, a in zip(stage.inputs, wanted, read, strict=True)]
-        found = _other(self.own, self.meshes[stage.mesh], jaxpr, uncut, spread)
+        found = _other(self.own, self.meshes[stage.mesh], jaxpr, uncut, self._spread(stage, read))
         return None if found is None else f"{self._at(stage, trip)}: {self._named(stage, jaxpr, found[0])}{found[1]}"
+
+    def _spread(self, stage: Stage, inputs: Sequence[Any]) -> list[Any]:
+        """What a stage reads as it lies on its mesh."""
+        return [jax.device_put(x, self.runner.sharding(v, stage.mesh)) for x, v in zip(inputs, stage.inputs, strict=True)]
 
     def _at(self, stage: Stage, trip: int) -> str:
         return f"stage {stage.id} on {self.runner.stages.problem.meshes[stage.mesh]}" + (f", trip {trip}" if trip >= 0 else "")

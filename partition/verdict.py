@@ -84,6 +84,7 @@ class Verdict:
 
 
 def refused(verdict: Verdict, what: str, *, where: str, mend: str) -> EquivalenceError:
+    """The error to raise for a verdict, which it carries."""
     error = EquivalenceError(what, where=where, mend=mend)
     error.verdict = verdict
     return error

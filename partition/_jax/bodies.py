@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,55 +34,64 @@ def environment(jaxpr: Any, inputs: Sequence[Any], results: Sequence[Any]) -> Ca
     return lambda atom: np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else env[atom]  # type: ignore[attr-defined]
 
 
+Run = Callable[[Any, Sequence[Any]], list[Any]]
+"""(jaxpr, inputs) -> its outputs."""
+
+
 def _run(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
     return as_function(jaxpr)(*inputs)
 
 
-def stepped(eqn: Any, given: Sequence[Any], run: Callable[[Any, Sequence[Any]], list[Any]]) -> list[Any] | None:
-    """What a loop, a branch or a call gives where `run` computes its bodies, one trip after the other; None for an equation without a body."""
+def _trips(eqn: Any, given: Sequence[Any], run: Run) -> Generator[tuple[Callable[[Any], Any], list[Any]], None, list[Any] | None]:
+    """(how to find the body in an equation of this kind, its inputs) for a call, or for every trip of a loop, of which `run` computes the state. Returns what the equation gives; None for one
+    without a body."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         consts, carry = _scan_arity(params)
         state, rows, length = list(given[consts : consts + carry]), dict[int, list[Any]](), params["length"]
         for i in reversed(range(length)) if params["reverse"] else range(length):
-            out = run(params["jaxpr"], [*given[:consts], *state, *(x[i] for x in given[consts + carry :])])
+            inputs = [*given[:consts], *state, *(x[i] for x in given[consts + carry :])]
+            yield _held("jaxpr"), inputs
+            out = run(params["jaxpr"], inputs)
             state, rows[i] = out[:carry], out[carry:]
         stacked = [jnp.stack([rows[i][k] for i in range(length)]) if length else jnp.zeros(v.aval.shape, v.aval.dtype) for k, v in enumerate(eqn.outvars[carry:])]
         return [*state, *stacked]
     if name == "while":
         first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         state = list(given[second:])
-        while bool(run(params["cond_jaxpr"], [*given[:first], *state])[0]):
-            state = run(params["body_jaxpr"], [*given[first:second], *state])
-        return state
-    if name == "cond":
-        return run(params["branches"][int(np.clip(given[0], 0, len(params["branches"]) - 1))], list(given[1:]))
-    return None if (callee := _callee(eqn)) is None else run(callee, list(given))
-
-
-def inside(want: Any, got: Any, read: Callable[[Any], Any], run: Callable[[Any, Sequence[Any]], list[Any]] = _run) -> Iterator[tuple[Any, Any, list[Any]]]:
-    """(body of `want`, body of `got`, its inputs) for a call, or for every trip of a loop: the state goes on as `want` has it, where `run` computes it."""
-    values = [read(a) for a in want.invars]
-    if want.primitive.name != got.primitive.name:
-        return
-    if want.primitive.name == "scan":
-        consts, carry = _scan_arity(want.params)
-        state, xs, length = values[consts : consts + carry], values[consts + carry :], want.params["length"]
-        for i in reversed(range(length)) if want.params["reverse"] else range(length):
-            given = [*values[:consts], *state, *(x[i] for x in xs)]
-            yield want.params["jaxpr"], got.params["jaxpr"], given
-            state = run(want.params["jaxpr"], given)[:carry]
-    elif want.primitive.name == "while":
-        first, second = want.params["cond_nconsts"], want.params["cond_nconsts"] + want.params["body_nconsts"]
-        state = values[second:]
         while True:
-            yield want.params["cond_jaxpr"], got.params["cond_jaxpr"], [*values[:first], *state]
-            if not bool(run(want.params["cond_jaxpr"], [*values[:first], *state])[0]):
-                return
-            yield want.params["body_jaxpr"], got.params["body_jaxpr"], [*values[first:second], *state]
-            state = run(want.params["body_jaxpr"], [*values[first:second], *state])
-    elif want.primitive.name == "cond":
-        branch = int(np.clip(values[0], 0, len(want.params["branches"]) - 1))
-        yield want.params["branches"][branch], got.params["branches"][branch], values[1:]
-    elif (callee := _callee(want)) is not None and (other := _callee(got)) is not None:
-        yield callee, other, values
+            yield _held("cond_jaxpr"), [*given[:first], *state]
+            if not bool(run(params["cond_jaxpr"], [*given[:first], *state])[0]):
+                return state
+            yield _held("body_jaxpr"), [*given[first:second], *state]
+            state = run(params["body_jaxpr"], [*given[first:second], *state])
+    if name == "cond":
+        branch = int(np.clip(given[0], 0, len(params["branches"]) - 1))
+        yield lambda e: e.params["branches"][branch], list(given[1:])
+        return run(params["branches"][branch], list(given[1:]))
+    if (callee := _callee(eqn)) is None:
+        return None
+    yield _callee, list(given)
+    return run(callee, list(given))
+
+
+def _held(name: str) -> Callable[[Any], Any]:
+    return lambda eqn: eqn.params[name]
+
+
+def stepped(eqn: Any, given: Sequence[Any], run: Run) -> list[Any] | None:
+    """What a loop, a branch or a call gives where `run` computes its bodies, one trip after the other; None for an equation without a body."""
+    trips = _trips(eqn, given, run)
+    while True:
+        try:
+            next(trips)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+def inside(want: Any, got: Any, read: Callable[[Any], Any], run: Run = _run) -> Iterator[tuple[Any, Any, list[Any]]]:
+    """(body of `want`, body of `got`, its inputs) for a call, or for every trip of a loop: the state goes on as `want` has it, where `run` computes it."""
+    if want.primitive.name == got.primitive.name:
+        for body, inputs in _trips(want, [read(a) for a in want.invars], run):
+            if (rival := body(got)) is not None:
+                yield body(want), rival, inputs

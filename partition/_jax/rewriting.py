@@ -74,7 +74,7 @@ def _wide(aval: Any) -> Any:
 
 def whole_where_needed(jaxpr: Any, whole: Any) -> Any:
     """The same jaxpr with some equations on whole values (`whole`, a sharding), for XLA's form for CPU does not take split ones: Fourier transforms, whose layouts it refuses, and
-    reductions by what no collective of its computes."""
+    reductions by what none of its collectives computes."""
 
     def held(value: Any, out: Any) -> Any:
         return _through(lambda x: jax.lax.with_sharding_constraint(x, whole), value, out)
