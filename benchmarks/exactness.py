@@ -103,7 +103,8 @@ def oracle(dtype: str, file: str) -> None:
     import numpy as np
     from flax import nnx
 
-    from models.llama import Llama, shapes
+    from models.generate import shapes
+    from models.llama import Llama
     from partition._jax.lifting import float64
 
     found = dict(np.load(file))

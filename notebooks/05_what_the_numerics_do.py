@@ -29,7 +29,6 @@ import numpy as np
 import partition as pt
 from models.llama import generation
 from partition import numerics
-from partition.equivalence import EquivalenceError
 
 # %% [markdown]
 # ## Is the cut right?
@@ -95,7 +94,7 @@ def faulty(stages):
 
 try:
     pt.check(faulty(stages), *args)
-except EquivalenceError as error:
+except pt.EquivalenceError as error:
     wrong = error.verdict
     print(error)
 

@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "Cluster": "hardware", "Estimate": "evaluation", "ExitCode": "errors", "PartitionError": "errors", "Phase": "phases", "Placement": "problem",
+    "Cluster": "hardware", "EquivalenceError": "errors", "Estimate": "evaluation", "ExitCode": "errors", "PartitionError": "errors", "Phase": "phases", "Placement": "problem",
     "Plan": "pipeline", "Problem": "problem", "Program": "program", "Stages": "stages", "Timeline": "timeline", "Verdict": "verdict",
     "Work": "work", "check": "equivalence", "cluster": "profiles", "compare": "bench", "curves": "scaling", "compile_cache": "program", "cut": "stages", "diff": "changes", "frame": "frames", "device": "profiles",
     "evaluate": "evaluation", "explain": "explanation", "export": "artifacts", "draw": "figures", "fit": "fidelity.fitting", "front": "fronts", "host_devices": "program", "launch": "processes", "lower_bound": "bounds", "model": "pipeline", "operators": "fidelity.kernels", "place": "pipeline",
