@@ -30,6 +30,8 @@ from partition.references import References, logits
 from partition.stages import Stage, Stages
 from partition.verdict import Verdict, beside, compared, hold_numbers, largest, refused, roughest, rules
 
+UNSHARDED = "no mesh is sharded: one host device stands for each"
+
 
 @checked
 def check(
@@ -88,7 +90,7 @@ def check(
     if not equal and not seen and trips + 1 < longer and misread is None:  # it diverges later than was looked
         return check(stages, *args, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
     right, sharding = _reasons(args, reference, runner, outputs, boundaries, tolerance, equal=equal)
-    tie, broken = _tie(args, reference, result, record, runner, loaded) if not equal and misread is None and tolerance is None else (None, None)
+    tie, broken = _tie(args, reference, result, outputs, record, runner, loaded) if not equal and misread is None and tolerance is None else (None, None)
     if tie is not None:
         equal, culprit, (right, sharding) = True, None, tie
     elif broken is not None and culprit is not None and divergence.AGREES in culprit:
@@ -123,21 +125,25 @@ def _alone(runner: Runner, strict: bool) -> Runner:
     return runner.once(("alone", strict), lambda: prepare(runner.stages, strict=strict, alone=True))
 
 
-def _tie(args: tuple[Any, ...], reference: Any, result: Any, record: Record, runner: Runner, loaded: Mapping[int, Any]) -> tuple[tuple[str, str] | None, str | None]:
-    """(what the first two questions are answered where only the order of sums on sharded meshes tipped a choice, None where something else differs; the op that differs, where it
-    is one of a sharded stage)."""
-    if all(mesh.size < 2 for mesh in runner.meshes.values()):
-        return None, None
-    alone = compared(reference, _alone(runner, runner.strict)(*args), None)
-    if not all(d.equal for d in alone):
-        return None, None
-    said, broken = None, None
+def _tie(args: tuple[Any, ...], reference: Any, result: Any, outputs: Sequence[Difference], record: Record, runner: Runner, loaded: Mapping[int, Any]) -> tuple[tuple[str, str] | None, str | None]:
+    """(what the first two questions are answered where only roundings tipped a choice, None where something else differs; the op that differs, where it is one of a sharded stage)."""
+    said, broken, parted = None, None, False
+    shared = any(mesh.size > 1 for mesh in runner.meshes.values())
+    alone = compared(reference, _alone(runner, runner.strict)(*args), None) if shared else outputs
     with contextlib.suppress(Exception):  # a program whose ops do not run one by one is held to its numbers alone
         said, broken = ties.tipped(runner, loaded, References(runner, loaded, runner.stages.problem.workload.trips), result, record)
-    if said is None:
+        parted = said is not None and not all(d.equal for d in alone)
+        if parted and (whole := ties.op_by_op(runner, loaded)) is None:
+            said = None
+        elif parted and not said and not all(d.equal for d in compared(jax.tree_util.tree_leaves(reference), whole, None)):
+            said = "It is in the uncut program, which gives otherwise op by op too"
+    if not said:
         return None, broken
+    follows = f"tips a choice at a near tie, and what follows is of another choice; each op gives what it should from what it reads. {said}"
+    if parted:
+        return (f"yes, op by op bit for bit; the order in which the compiler computes a part {follows}", "not told: the cut's own roundings tip a choice" if shared else UNSHARDED), None
     exact = "bit for bit" if all(d.bitwise for d in alone) else "within bounds"
-    return (f"yes, {exact} on one host device a mesh", f"yes, the order of its sums tips a choice at a near tie, and what follows is of another choice; each op gives what it should from what it reads. {said}"), None
+    return (f"yes, {exact} on one host device a mesh", f"yes, the order of its sums {follows}"), None
 
 
 def _unrun(stages: Stages, culprit: str) -> Verdict:
@@ -153,14 +159,13 @@ def _reasons(
 ) -> tuple[str, str]:  # fmt: skip
     """Whether the cut is right, and whether sharding matters; where bits differ, found by running the stages in another way."""
     shared, inner = any(mesh.size > 1 for mesh in runner.meshes.values()), sum(not d.bitwise for d in boundaries)
-    none = "no mesh is sharded: one host device stands for each"
     if not equal:
-        return "NO", "not told: the cut is not right" if shared else none
+        return "NO", "not told: the cut is not right" if shared else UNSHARDED
     if all(d.bitwise for d in outputs):
         if not inner:
-            return "yes, bit for bit", "no: bit for bit with it too" if shared else none
-        return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ by the order of its sums" if shared else none
-    alone, sharding = outputs, none
+            return "yes, bit for bit", "no: bit for bit with it too" if shared else UNSHARDED
+        return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ by the order of its sums" if shared else UNSHARDED
+    alone, sharding = outputs, UNSHARDED
     if shared:
         alone, worst = compared(reference, _alone(runner, runner.strict)(*args), tolerance), max(outputs, key=lambda d: d.relative)
         sharding = f"yes, by the order of its sums: {worst}" if all(d.bitwise for d in alone) else f"it adds to what the cut changes: {worst}"

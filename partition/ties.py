@@ -2,7 +2,8 @@
 
 It is shown link by link, in a run of its own. Every stage reads what was made, bit for bit. What a stage makes is what its equations give on one device from what it
 read; where it is not, because the stage is sharded, every op in it, trip by trip in the bodies of its loops, gives what it gives on one device from the very numbers that
-it read. Then only roundings part the run from the uncut program, until numbers that roundings tell apart are chosen from.
+it read. And the stages are those of the program: unsharded they give what it gives, or, where the compiler orders parts otherwise than the whole, both give the same bits op by op.
+Then only roundings part the run from the uncut program, until numbers that roundings tell apart are chosen from.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from partition import _jax
-from partition._jax.bodies import environment, expose, inside, kept, stepped
+from partition._jax.bodies import environment, expose, inside, kept, one_by_one, stepped
 from partition._jax.lifting import Float64, bind
 from partition._jax.rewriting import unconstrained
 from partition.dispatch import Arrays, Machine
@@ -32,8 +33,8 @@ JUMPS = frozenset({"sort", "sign", "floor", "ceil", "round", "rem"})
 
 
 def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References, result: Any, record: Record) -> tuple[str | None, str | None]:
-    """(the choice that was tipped, where every link of a run holds that gives the same as one did before, its result and record; else None; the stage and op that do not hold, where one does
-    not). refs: of all trips of the token loop."""
+    """(the choice that was tipped, where every link of a run holds that gives the same as one did before, its result and record, empty where no stage chooses otherwise than the uncut program;
+    None where a link does not hold; its stage and op, where it is one of theirs). refs: of all trips of the token loop."""
     witnesses: list[_Witness] = []
 
     def watched(machine: Machine) -> Machine:
@@ -47,7 +48,48 @@ def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References, result: 
             _same("an output is another one than before", before, made.real)
     except _BrokenError as broken:
         return None, broken.where
-    return witnesses[0].choice, None
+    return witnesses[0].choice or "", None
+
+
+def op_by_op(runner: Runner, loaded: Mapping[int, Any]) -> list[Any] | None:
+    """What the uncut program gives where one op is computed after the other on one device; None where the stages, computed so too, do not give the same bits."""
+    parts, _ = runner.run(loaded, beside=lambda machine: _OpByOp(machine, runner, loaded))
+    program = runner.program
+    whole = one_by_one(unconstrained(program.entry.jaxpr), [loaded[t] for t in program.graph.inputs])
+    same = all(_jax.to_numpy(a).tobytes() == _jax.to_numpy(b).tobytes() for a, b in zip(whole, jax.tree_util.tree_leaves(parts), strict=True))
+    return whole if same else None
+
+
+class _OpByOp:
+    """A machine in the place of a run's, which computes one op after the other and moves nothing."""
+
+    def __init__(self, machine: Machine, runner: Runner, loaded: Mapping[int, Any]):
+        self.machine, self.runner, self.loaded = machine, runner, loaded
+        self.arrays: Arrays = machine.arrays
+        self.jaxprs = {s.id: unconstrained(s.jaxpr) for s in runner.stages.all}
+
+    def given(self, value: Value, mesh: int) -> Any:
+        return _jax.from_numpy(_argument(self.runner, self.loaded, value), self.runner.lowered.avals[value[0]])
+
+    def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
+        return one_by_one(self.jaxprs[stage.id], arrays)
+
+    def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
+        return array
+
+    def stack(self, arrays: Sequence[Any], value: Value) -> Any:
+        return self.machine.stack(arrays, value)
+
+    def settle(self, array: Any, value: Value, mesh: int) -> Any:
+        return array
+
+
+def _argument(runner: Runner, loaded: Mapping[int, Any], value: Value) -> np.ndarray:
+    """An argument, a weight or a constant on the host."""
+    t, span = value
+    whole, aval = _jax.to_numpy(loaded[t] if t in loaded else runner.lowered.values[t]), runner.lowered.avals[t]
+    array = whole if _jax.is_key(aval) else whole.astype(aval.dtype)
+    return array if span is None else array[span[0] : span[1]]
 
 
 class _BrokenError(Exception):
@@ -76,13 +118,18 @@ class _Ways:
 
     def __init__(self, form: Callable[[Any], Callable[..., Any]], options: Mapping[str, Any]):
         self.form, self.options = form, options
-        self.compiled: dict[int, tuple[Any, Any]] = {}  # by the id of the jaxpr, which is held so that it stays its
+        self.compiled: dict[tuple[int, bool], tuple[Any, Callable[..., list[Any]]]] = {}  # by the id of the jaxpr, which is held so that it stays its
+
+    def function(self, jaxpr: Any, within: bool) -> Callable[..., list[Any]]:
+        """A jaxpr as a compiled function; within: of every result in it."""
+        key = id(jaxpr), within
+        if key not in self.compiled:
+            self.compiled[key] = jaxpr, jax.jit(self.form(expose(jaxpr)[0] if within else jaxpr), compiler_options=dict(self.options))
+        return self.compiled[key][1]
 
     def read(self, jaxpr: Any, inputs: Sequence[Any]) -> Callable[[Any], Any]:
         """How to read each operand and result of a jaxpr's equations, given its inputs."""
-        if id(jaxpr) not in self.compiled:
-            self.compiled[id(jaxpr)] = jaxpr, jax.jit(self.form(expose(jaxpr)[0]), compiler_options=dict(self.options))
-        return environment(jaxpr, inputs, self.compiled[id(jaxpr)][1](*inputs))
+        return environment(jaxpr, inputs, self.function(jaxpr, within=True)(*inputs))
 
     def __call__(self, jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
         read = self.read(jaxpr, inputs)
@@ -140,7 +187,7 @@ class _Witness:
         inputs = [_jax.from_numpy(a.host, self.runner.lowered.avals[v[0]]) for v, a in zip(stage.inputs, arrays, strict=True)]
         jaxpr, mesh = self.jaxprs[stage.id], self.meshes[stage.mesh]
         shared = self.runner.meshes[stage.mesh].size > 1
-        if not _near(self.own(jaxpr, inputs), hosts):
+        if not _near(self.own.function(jaxpr, within=False)(*inputs), hosts):
             try:
                 if not shared or not _near(mesh.held(jaxpr, self._spread(stage, inputs)), hosts):
                     raise _BrokenError("it does not make what its equations give from what it read")
@@ -175,13 +222,7 @@ class _Witness:
         return f"{describe(self.runner.program, op)}{inner}, "
 
     def given(self, value: Value, mesh: int) -> _Twice:
-        return _Twice(self.machine.given(value, mesh), self._argument(value))
-
-    def _argument(self, value: Value) -> np.ndarray:
-        t, span = value
-        whole, aval = _jax.to_numpy(self.loaded[t] if t in self.loaded else self.runner.lowered.values[t]), self.runner.lowered.avals[t]
-        array = whole if _jax.is_key(aval) else whole.astype(aval.dtype)
-        return array if span is None else array[span[0] : span[1]]
+        return _Twice(self.machine.given(value, mesh), _argument(self.runner, self.loaded, value))
 
     def move(self, array: _Twice, value: Value, src: int, dst: int) -> _Twice:
         return _Twice(self.machine.move(array.real, value, src, dst), array.host)

@@ -27,8 +27,8 @@ class Verdict:
 
     cut, sharding, target: the answers to the three questions. tokens: distributions that choose tokens, where stages compute them and they are not
     bit for bit. not_shown: what a run on these stand-ins cannot tell. moved_bytes and planned_bytes: what really crossed between meshes, and what
-    the plan says crosses; they differ where a token loop that may stop early ran `trips` times and not as often as planned. tie: values differ, and sharding alone makes them: it
-    tips a choice at a near tie (see `ties.py`), which `sharding` names.
+    the plan says crosses; they differ where a token loop that may stop early ran `trips` times and not as often as planned. tie: values differ, and roundings alone make them: the order of a
+    sharded mesh's sums, or of a part compiled for itself, tips a choice at a near tie (see `ties.py`), which `sharding` or `cut` names.
     """
 
     equal: bool

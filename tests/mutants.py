@@ -170,17 +170,17 @@ def transposed(array: Any, _: int) -> Any:
     return jnp.swapaxes(array, -1, -2).reshape(*array.shape[:-2], a, b)
 
 
-def stale() -> contextlib.AbstractContextManager[None]:
-    """A carry is not replaced between trips."""
+def stale(rank: int = 4) -> contextlib.AbstractContextManager[None]:
+    """A carry of so many dimensions is not replaced between trips; of four, a KV cache."""
     good = dispatch.Walk.rebind
 
     runs: dict[int, dict[int, Any]] = {}
 
     def rebind(self: Any, needed: Any, carry: Any, inside: Any) -> None:
-        floats = sorted((v for v, _ in needed if self.tensors[v[0]].dtype == "float32" and len(self.tensors[v[0]].shape) == 4), key=str)  # a KV cache
+        floats = sorted((v for v, _ in needed if self.tensors[v[0]].dtype == "float32" and len(self.tensors[v[0]].shape) == rank), key=str)
         before = runs.setdefault(id(self), {})
         good(self, needed, carry, inside)
-        new = {m: jnp.copy(a) for m, a in self.env[floats[0]].items() if a is not None} if floats else {}
+        new = {m: self.machine.arrays.copy(a) for m, a in self.env[floats[0]].items() if a is not None} if floats else {}
         for m, array in before.items():
             self.put(floats[0], m, array)
         before.update(new)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mutants import CHANGES, RUNS, changed, patched, places
+from mutants import CHANGES, RUNS, changed, patched, places, scaled, stale, with_stage
 
 import partition as pt
-from partition import execution, reporting
+from partition import execution, reporting, ties
 from partition.errors import EquivalenceError
 
 WIDTH = 64
@@ -202,3 +202,61 @@ def test_a_choice_in_a_range_of_a_scan_is_known() -> None:
     problem = pt.pose(pt.tag(program, loop="none"), pt.cluster("trn2_efa_4cs3"), sharding="tensor")
     verdict = pt.check(pt.cut(program, problem.placement([0, 0, 0, 1, 1, 1, 1])), weights, x)
     assert verdict.equal and verdict.tie and "argmax" in verdict.sharding
+
+
+def stopping(head: Any, table: Any, x: Any) -> Any:
+    """Tokens until a condition at a near tie ends it."""
+    def goes_on(c: Any) -> Any:
+        s = scores(c[1], head)
+        return (c[0] < 6) & (s[0, 0] >= s[0, 1])
+
+    def body(c: Any) -> Any:
+        n, h, t = c
+        token = jnp.argmax(h @ table.T, -1)
+        return n + 1, jnp.tanh(h * 1.05 + table[token] * 0.1), t.at[:, n].set(token)
+
+    n, h, t = jax.lax.while_loop(goes_on, body, (0, x, jnp.zeros((16, 6), jnp.int32)))
+    return t, h * 2, n
+
+
+@functools.cache
+def cut_loop(meshes: tuple[int, int]) -> Any:
+    """Its token loop cut over two meshes: its parts, compiled each for itself, give other bits than the loop does as one."""
+    program = pt.trace(stopping, *args())
+    loop = next(op.id for op in program.graph.ops if op.primitive == "while")
+    problem = pt.pose(pt.tag(program, loop=loop), pt.cluster("trn2_efa_4cs3"), sharding="tensor", level="op", trips=6)
+    return pt.cut(program, problem.placement([meshes[2 * n >= len(problem)] for n in range(len(problem))]))
+
+
+@pytest.mark.parametrize("meshes", [(1, 2), (0, 1)], ids=["none sharded", "one sharded"])
+def test_a_choice_that_the_cut_itself_tips_is_no_fault(meshes: tuple[int, int]) -> None:
+    stages, tipped = cut_loop(meshes), 0
+    runner = pt.prepare(stages)
+    for seed in range(5):
+        verdict = pt.check(stages, *args(seed), runner=runner)
+        assert verdict.equal and verdict.tie == (not all(d.equal for d in verdict.outputs))
+        if verdict.tie and verdict.cut.startswith("yes, op by op bit for bit"):
+            tipped += 1
+            assert "op 28 (ge)" in verdict.cut and "test_ties.py" in verdict.cut and "tips a choice" in verdict.cut
+            assert verdict.sharding == ("not told: the cut's own roundings tip a choice" if 0 in meshes else "no mesh is sharded: one host device stands for each")
+    assert tipped
+
+
+@pytest.mark.parametrize("fault", [*sorted(RUNS), "stale"])
+@pytest.mark.parametrize("seed", (2, 3))
+def test_no_fault_hides_behind_a_choice_that_the_cut_tips(fault: str, seed: int) -> None:
+    with stale(2) if fault == "stale" else RUNS[fault](), pytest.raises(EquivalenceError):
+        print(pt.check(cut_loop((1, 2)), *args(seed)))
+
+
+def test_parts_that_are_not_the_programs_differ_op_by_op() -> None:
+    good = cut_loop((1, 2))
+    for seed in range(3):
+        runner = pt.prepare(good)
+        whole = ties.op_by_op(runner, runner.load(*args(seed)))
+        assert whole is not None and [a.shape for a in whole] == [(16, 6), (16, WIDTH // 2), ()]
+    with stale(2):
+        assert ties.op_by_op(runner, runner.load(*args(3))) is None
+    wrong = with_stage(good, *next((s.id, changed(s.jaxpr, scaled, way)[0]) for s in good.all for way in places(s.jaxpr, scaled)))
+    runner = pt.prepare(wrong)
+    assert ties.op_by_op(runner, runner.load(*args(2))) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from partition._jax import _callee, _scan_arity, as_function, body_of, consts_of
+from partition._jax.lifting import bind
 
 
 def kept(eqn: Any) -> list[Any]:
@@ -28,9 +29,16 @@ def expose(jaxpr: Any) -> tuple[Any, list[int]]:
 
 def environment(jaxpr: Any, inputs: Sequence[Any], results: Sequence[Any]) -> Callable[[Any], Any]:
     """How to read an operand of a jaxpr's equations, given its inputs and the results that `expose` gives."""
+    made = [v for eqn in body_of(jaxpr).eqns for v in kept(eqn)]
+    return _reader({**_entered(jaxpr, inputs), **dict(zip(made, results, strict=True))})
+
+
+def _entered(jaxpr: Any, inputs: Sequence[Any]) -> dict[Any, Any]:
     inner = body_of(jaxpr)
-    made = [v for eqn in inner.eqns for v in kept(eqn)]
-    env = {**dict(zip(inner.constvars, consts_of(jaxpr), strict=True)), **dict(zip(inner.invars, inputs, strict=True)), **dict(zip(made, results, strict=True))}
+    return {**dict(zip(inner.constvars, consts_of(jaxpr), strict=True)), **dict(zip(inner.invars, inputs, strict=True))}
+
+
+def _reader(env: Mapping[Any, Any]) -> Callable[[Any], Any]:
     return lambda atom: np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else env[atom]  # type: ignore[attr-defined]
 
 
@@ -87,6 +95,17 @@ def stepped(eqn: Any, given: Sequence[Any], run: Run) -> list[Any] | None:
             next(trips)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
+
+
+def one_by_one(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
+    """What a jaxpr gives where every equation is computed alone, in loops trip by trip: nothing is compiled together, so that two parts of it make what the whole does, bit for bit."""
+    env = _entered(jaxpr, inputs)
+    read = _reader(env)
+    for eqn in body_of(jaxpr).eqns:
+        given = [read(a) for a in eqn.invars]
+        made = stepped(eqn, given, one_by_one)
+        env.update(zip(eqn.outvars, bind(eqn, given) if made is None else made, strict=True))
+    return [read(a) for a in body_of(jaxpr).outvars]
 
 
 def inside(want: Any, got: Any, read: Callable[[Any], Any], run: Run = _run) -> Iterator[tuple[Any, Any, list[Any]]]:
