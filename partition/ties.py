@@ -1,6 +1,6 @@
 """Whether a run that came out otherwise is right all the same: where sums in another order tip a choice at a near tie, all that follows is of another choice.
 
-It is shown link by link, in a run of its own. Every stage reads what was made, bit for bit. What a stage makes is what its equations give on one device from what it
+It is shown link by link, in a run of its own. Every stage reads what was made for it, bit for bit (`wiring.py`). What a stage makes is what its equations give on one device from what it
 read; where it is not, because the stage is sharded, every op in it, trip by trip in the bodies of its loops, gives what it gives on one device from the very numbers that
 it read. And the stages are those of the program: unsharded they give what it gives, or, where the compiler orders parts otherwise than the whole, both give the same bits op by op.
 Then only roundings part the run from the uncut program, until numbers that roundings tell apart are chosen from.
@@ -8,7 +8,6 @@ Then only roundings part the run from the uncut program, until numbers that roun
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,13 +19,14 @@ from partition import _jax
 from partition._jax.bodies import environment, expose, inside, kept, one_by_one, stepped
 from partition._jax.lifting import Float64, bind
 from partition._jax.rewriting import unconstrained
-from partition.dispatch import Arrays, Machine
+from partition.dispatch import Machine
 from partition.distances import compare, floating, near
 from partition.divergence import describe
 from partition.execution import Record, Runner
 from partition.graph import Value
 from partition.references import References
 from partition.stages import Stage
+from partition.wiring import Wiring
 
 JUMPS = frozenset({"sort", "sign", "floor", "ceil", "round", "rem"})
 """Ops that choose and give floats all the same."""
@@ -43,9 +43,9 @@ def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References, result: 
 
     try:
         again, _ = runner.run(loaded, beside=watched)
-        for made, before in zip(jax.tree_util.tree_leaves(again), jax.tree_util.tree_leaves(result), strict=True):
-            _same("an output is not what was made", made.host, made.real)
-            _same("an output is another one than before", before, made.real)
+        for t, made, before in zip(runner.program.graph.outputs, jax.tree_util.tree_leaves(again), jax.tree_util.tree_leaves(result), strict=True):
+            _same("an output is not what was made", witnesses[0].wiring.read((t, None), -1), made)
+            _same("an output is another one than before", before, made)
     except _BrokenError as broken:
         return None, broken.where
     return witnesses[0].choice or "", None
@@ -65,7 +65,7 @@ class _OpByOp:
 
     def __init__(self, machine: Machine, runner: Runner, loaded: Mapping[int, Any]):
         self.machine, self.runner, self.loaded = machine, runner, loaded
-        self.arrays: Arrays = machine.arrays
+        self.arrays = machine.arrays
         self.jaxprs = {s.id: unconstrained(s.jaxpr) for s in runner.stages.all}
 
     def given(self, value: Value, mesh: int) -> Any:
@@ -101,16 +101,8 @@ class _BrokenError(Exception):
 
 
 def _same(what: str, want: Any, got: Any, where: str | None = None) -> None:
-    if _jax.to_numpy(want).tobytes() != _jax.to_numpy(got).tobytes():
+    if want is None or _jax.to_numpy(want).tobytes() != _jax.to_numpy(got).tobytes():
         raise _BrokenError(what, (), where and f"{where}: {what}")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Twice:
-    """A value as the machine has it, and on the host as it was made."""
-
-    real: Any
-    host: np.ndarray
 
 
 class _Ways:
@@ -166,25 +158,31 @@ def _hold(eqn: Any, given: Sequence[Any], want: Sequence[Any] | None, got: Seque
 
 
 class _Witness:
-    """A machine that has each value twice: as the run's machine has it, and on the host as it was made, never moved."""
+    """A machine around a run's, which holds every link of what that does."""
 
     def __init__(self, machine: Machine, runner: Runner, loaded: Mapping[int, Any], refs: References, record: Record):
-        self.machine, self.runner, self.loaded, self.refs, self.record = machine, runner, loaded, refs, record
-        self.arrays: Arrays = self
+        self.machine, self.runner, self.refs, self.record = machine, runner, refs, record
+        self.arrays, self.given, self.move, self.stack, self.settle = machine.arrays, machine.given, machine.move, machine.stack, machine.settle
+        phases = runner.stages.problem.phases
+        self.wiring = Wiring(runner.program, phases.token_loop if phases else None, runner.stages.problem.workload.trips, functools.partial(_argument, runner, loaded))
         self.choice: str | None = None
         self.own = _Ways(_jax.as_function, runner.options)
         self.meshes = {m: _Ways(functools.partial(runner.form, mesh=m), runner.options) for m in runner.meshes}
         self.jaxprs = {s.id: unconstrained(s.jaxpr) for s in runner.stages.all}
 
-    def compute(self, stage: Stage, arrays: Sequence[_Twice], trip: int) -> Sequence[_Twice]:
+    def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
+        read = []
         for v, array in zip(stage.inputs, arrays, strict=True):
-            _same(f"it reads another value {v[0]} than was made", array.host, array.real, self._at(stage, trip))
-        made = self.machine.compute(stage, [a.real for a in arrays], trip)
+            read.append(self.wiring.read(v, trip))
+            _same(f"it reads another value {v[0]} than was made for it", read[-1], array, self._at(stage, trip))
+        made = self.machine.compute(stage, arrays, trip)
         hosts = [_jax.to_numpy(a).copy() for a in made]
-        for table, values, arrays_now in ((self.record.read, stage.inputs, [a.host for a in arrays]), (self.record.kept, stage.outputs, hosts)):
+        for table, values, arrays_now in ((self.record.read, stage.inputs, read), (self.record.kept, stage.outputs, hosts)):
             for v, now in zip(values, arrays_now, strict=True):
                 _same(f"run again, it has another value {v[0]}", table.get((stage.id, trip, v), now), now, self._at(stage, trip))
-        inputs = [_jax.from_numpy(a.host, self.runner.lowered.avals[v[0]]) for v, a in zip(stage.inputs, arrays, strict=True)]
+        for v, host in zip(stage.outputs, hosts, strict=True):
+            self.wiring.made(v, trip, host)
+        inputs = [_jax.from_numpy(a, self.runner.lowered.avals[v[0]]) for v, a in zip(stage.inputs, read, strict=True)]
         jaxpr, mesh = self.jaxprs[stage.id], self.meshes[stage.mesh]
         shared = self.runner.meshes[stage.mesh].size > 1
         if not _near(self.own.function(jaxpr, within=False)(*inputs), hosts):
@@ -197,7 +195,7 @@ class _Witness:
             uncut = [self.refs.get(v, trip) for v in stage.outputs]
             if any(a is None for a in uncut) or not _near(uncut, hosts):  # what passes between ranges of a scan the uncut program does not have
                 self.choice = self._choice(stage, jaxpr, trip, inputs)
-        return [_Twice(a, host) for a, host in zip(made, hosts, strict=True)]
+        return made
 
     def _choice(self, stage: Stage, jaxpr: Any, trip: int, read: Sequence[Any]) -> str | None:
         """The first op of a stage that chooses otherwise than in the uncut program; than on one device, where the uncut program does not have what the stage read."""
@@ -220,35 +218,6 @@ class _Witness:
         op = stage.items[_jax.body_of(jaxpr).eqns.index(way[0])][0]
         inner = f", inside it {way[-1].primitive.name} at {_jax.source(way[-1], (way[0], None))}" if len(way) > 1 else ""
         return f"{describe(self.runner.program, op)}{inner}, "
-
-    def given(self, value: Value, mesh: int) -> _Twice:
-        return _Twice(self.machine.given(value, mesh), _argument(self.runner, self.loaded, value))
-
-    def move(self, array: _Twice, value: Value, src: int, dst: int) -> _Twice:
-        return _Twice(self.machine.move(array.real, value, src, dst), array.host)
-
-    def stack(self, arrays: Sequence[_Twice], value: Value) -> _Twice:
-        real = self.machine.stack([a.real for a in arrays], value)
-        return _Twice(real, np.stack([a.host for a in arrays]) if arrays else _jax.to_numpy(real))
-
-    def settle(self, array: _Twice, value: Value, mesh: int) -> _Twice:
-        return _Twice(self.machine.settle(array.real, value, mesh), array.host)
-
-    def rows(self, array: _Twice, start: int, stop: int) -> _Twice:
-        return _Twice(self.machine.arrays.rows(array.real, start, stop), array.host[start:stop])
-
-    def row(self, array: _Twice, index: int) -> _Twice:
-        return _Twice(self.machine.arrays.row(array.real, index), array.host[index])
-
-    def join(self, arrays: Sequence[_Twice]) -> _Twice:
-        return _Twice(self.machine.arrays.join([a.real for a in arrays]), np.concatenate([a.host for a in arrays]))
-
-    def copy(self, array: _Twice) -> _Twice:
-        return _Twice(self.machine.arrays.copy(array.real), array.host)
-
-    def truth(self, array: _Twice) -> bool:
-        _same("a loop's condition is not what was made", array.host, array.real)
-        return self.machine.arrays.truth(array.real)
 
 
 def _near(want: Sequence[Any], got: Sequence[Any]) -> bool:

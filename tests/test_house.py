@@ -20,7 +20,7 @@ FLOORS = {
     "joint": 3, "passes": 3, "rules": 3, "sharding": 3,
     "anatomy": 4, "phases": 4, "program": 4, "costs": 4, "coarsen": 5, "origin": 3, "measured": 5, "pricing": 6, "flow": 6, "keeping": 6, "shrinking": 6,
     "problem": 7, "chain": 8, "flood": 8, "plain": 8, "records": 8, "instances": 9, "suites": 9, "soundness": 9, "evaluation": 9, "fleet": 10, "ideals": 9, "paths": 9, "cuts": 9, "batch": 10, "bounds": 10, "limits": 10, "moves": 10, "timeline": 10, "drawings": 11,
-    "stages": 10, "dispatch": 11, "policies": 11, "execution": 12, "pipeline": 13, "scaling": 14, "distances": 3, "precision": 11, "references": 13, "divergence": 14, "counterparts": 15, "verdict": 15, "callables": 16, "ties": 16, "equivalence": 17, "swings": 14, "baselines": 14, "artifacts": 14, "transport": 1, "processes": 15, "numerics": 13, "bench": 14, "ranks": 14, "fronts": 14,  "sweeps": 14,
+    "stages": 10, "dispatch": 11, "policies": 11, "execution": 12, "pipeline": 13, "scaling": 14, "distances": 3, "wiring": 11, "precision": 11, "references": 13, "divergence": 14, "counterparts": 15, "verdict": 15, "callables": 16, "ties": 16, "equivalence": 17, "swings": 14, "baselines": 14, "artifacts": 14, "transport": 1, "processes": 15, "numerics": 13, "bench": 14, "ranks": 14, "fronts": 14,  "sweeps": 14,
     "explanation": 14, "fidelity": 14, "reporting": 17, "changes": 17, "frames": 18, "figures": 12, "claims": 17,
     "demo": 18, "pytest_plugin": 18, "__init__": 18, "cli": 19, "checking": 20, "comparing": 20, "exporting": 20, "__main__": 20,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from typing import Any
 
 import fuzz
 import jax
@@ -62,8 +63,8 @@ def cuts(stages: Stages) -> set[str]:
     return found
 
 
-def hold(seed: int, covered: set[str] | None = None) -> str:
-    """Draw, place, cut, run, check one case; says what it was. Raises where cut and uncut differ."""
+def drawn(seed: int, covered: set[str] | None = None) -> tuple[Stages, tuple[Any, ...], bool]:
+    """(the stages of a case, its arguments, whether its floats decide nothing)."""
     fn, args, exact = draw(seed)
     rng = np.random.default_rng(seed)
     program = trace(fn, *args)
@@ -77,10 +78,16 @@ def hold(seed: int, covered: set[str] | None = None) -> str:
     problem = pose(phases, machines(rng), level="op" if rng.random() < 0.6 else "block", trips=4, sharding="tensor" if rng.random() < 0.7 else "search")
     mesh = rng.integers(0, len(problem.meshes), len(problem))
     placement = problem.placement(mesh if rng.random() < 0.7 else np.sort(mesh))
-    loose = None if exact else {"float32": 6e-2, "bfloat16": 6e-2, "float16": 6e-2}  # where floats decide, a last bit may decide otherwise
     stages = cut(program, placement)
     if covered is not None:
         covered |= cuts(stages)
+    return stages, args, exact
+
+
+def hold(seed: int, covered: set[str] | None = None) -> str:
+    """Draw, place, cut, run, check one case; says what it was. Raises where cut and uncut differ."""
+    stages, args, exact = drawn(seed, covered)
+    loose = None if exact else {"float32": 6e-2, "bfloat16": 6e-2, "float16": 6e-2}  # where floats decide, a last bit may decide otherwise
     verdict = check(stages, *args, tolerance=loose)
     assert verdict.equal
     return f"{len(verdict.boundaries)} boundaries"
