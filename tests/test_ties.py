@@ -205,10 +205,10 @@ def test_a_choice_in_a_range_of_a_scan_is_known() -> None:
 
 
 def stopping(head: Any, table: Any, x: Any) -> Any:
-    """Tokens until a condition at a near tie ends it."""
+    """Tokens until a condition at near ties ends it, three at least."""
     def goes_on(c: Any) -> Any:
         s = scores(c[1], head)
-        return (c[0] < 6) & (s[0, 0] >= s[0, 1])
+        return (c[0] < 3) | (c[0] < 6) & ((s[:, 0] >= s[:, 1]).sum() % 2 == 0)
 
     def body(c: Any) -> Any:
         n, h, t = c
@@ -232,18 +232,18 @@ def cut_loop(meshes: tuple[int, int]) -> Any:
 def test_a_choice_that_the_cut_itself_tips_is_no_fault(meshes: tuple[int, int]) -> None:
     stages, tipped = cut_loop(meshes), 0
     runner = pt.prepare(stages)
-    for seed in range(5):
+    for seed in range(8):
         verdict = pt.check(stages, *args(seed), runner=runner)
         assert verdict.equal and verdict.tie == (not all(d.equal for d in verdict.outputs))
         if verdict.tie and verdict.cut.startswith("yes, op by op bit for bit"):
             tipped += 1
-            assert "op 28 (ge)" in verdict.cut and "test_ties.py" in verdict.cut and "tips a choice" in verdict.cut
+            assert "(ge)" in verdict.cut and "test_ties.py" in verdict.cut and "tips a choice" in verdict.cut
             assert verdict.sharding == ("not told: the cut's own roundings tip a choice" if 0 in meshes else "no mesh is sharded: one host device stands for each")
     assert tipped
 
 
 @pytest.mark.parametrize("fault", [*sorted(RUNS), "stale"])
-@pytest.mark.parametrize("seed", (2, 3))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_fault_hides_behind_a_choice_that_the_cut_tips(fault: str, seed: int) -> None:
     with stale(2) if fault == "stale" else RUNS[fault](), pytest.raises(EquivalenceError):
         print(pt.check(cut_loop((1, 2)), *args(seed)))
