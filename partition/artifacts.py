@@ -109,9 +109,8 @@ def _stage(stages: Stages, stage: Stage, folder: Path, files: dict[str, str]) ->
 
 def _loop(plan: LoopPlan) -> dict[str, Any]:
     assert plan.op.loop is not None
-    answer = plan.op.loop.cond.outputs[0] if plan.op.loop.cond is not None else None
     return {"trips": plan.trips, "cond": plan.cond.id if plan.cond is not None else None, "body": [s.id for s in plan.body], "carry": plan.carry, "xs": plan.xs, "results": plan.results,
-            "kind": plan.op.loop.kind, "reverse": plan.op.loop.reverse, "answer": answer}  # fmt: skip
+            "kind": plan.op.loop.kind, "reverse": plan.op.loop.reverse, "answer": plan.answer}  # fmt: skip
 
 
 def _save(held: Mapping[str, np.ndarray], folder: Path, files: dict[str, str]) -> dict[str, Any]:
@@ -191,10 +190,9 @@ def _stages(manifest: Mapping[str, Any]) -> Any:
     def step(raw: Any) -> Stage | LoopPlan:
         if isinstance(raw, int):
             return rows[raw]
-        cond = None if raw["answer"] is None else SimpleNamespace(outputs=(raw["answer"],))
-        op: Any = SimpleNamespace(loop=SimpleNamespace(kind=raw["kind"], reverse=raw["reverse"], cond=cond))
+        op: Any = SimpleNamespace(loop=SimpleNamespace(kind=raw["kind"], reverse=raw["reverse"]))
         return LoopPlan(op=op, trips=raw["trips"], cond=None if raw["cond"] is None else rows[raw["cond"]], body=tuple(rows[i] for i in raw["body"]), carry=tuple(map(tuple, raw["carry"])),
-                        xs=tuple(map(tuple, raw["xs"])), results=tuple((a, b, every) for a, b, every in raw["results"]))  # fmt: skip
+                        xs=tuple(map(tuple, raw["xs"])), results=tuple((a, b, every) for a, b, every in raw["results"]), answer=raw["answer"])  # fmt: skip
 
     graph = SimpleNamespace(tensors=tensors, outputs=tuple(manifest["outputs"]))
     return SimpleNamespace(program=SimpleNamespace(graph=graph), steps=tuple(map(step, manifest["steps"])))

@@ -41,8 +41,8 @@ class Arrays(Protocol):
     def copy(self, array: Any) -> Any:
         """An array of the same numbers that may be donated."""
 
-    def truth(self, array: Any) -> bool:
-        """The value of a loop's condition."""
+    def truth(self, array: Any, mesh: int) -> bool:
+        """The value of a loop's condition, which lies on a mesh."""
 
 
 class Machine(Protocol):
@@ -140,6 +140,7 @@ class Walk:
         carry = {t: (init, new) for t, init, new in plan.carry}
         inner = [*plan.body, *([plan.cond] if plan.cond is not None else [])]
         needed = {(v, s.mesh) for s in inner for v in s.inputs if v[0] in carry}
+        needed |= {((plan.answer, None), inner[0].mesh)} if plan.answer in carry else set()
         for _ in plan.carry:  # a carry that only takes another's place is needed where that one is
             needed |= {((carry[v[0]][1], v[1]), m) for v, m in needed if carry[v[0]][1] in carry}
         kept = {t for t, _, new in plan.carry if {t, new} & {r[1] for r in plan.results}} - {v[0] for v, _ in needed}
@@ -165,21 +166,22 @@ class Walk:
                 if stacked:
                     stacks[outside].append(self.fetch((tensor, None), maker.get(tensor, inner[0].mesh)))
             trip += 1
-            if plan.cond is not None:
+            if plan.answer is not None:
                 self.rebind(state, carry, inside)
         self.trips = trip
-        self.finish(plan, stacks, inner[0].mesh, rebound=plan.cond is not None or not trip)
+        self.finish(plan, stacks, inner[0].mesh, rebound=plan.answer is not None or not trip)
         self.forget(inside)
 
     def goes_on(self, plan: LoopPlan, trip: int) -> bool:
         """Whether another trip follows."""
-        if plan.cond is None:
+        if plan.answer is None:
             return trip < plan.trips
-        self.forget({v[0] for v in plan.cond.outputs})
-        self.compute(plan.cond, trip)
-        assert plan.op.loop is not None and plan.op.loop.cond is not None
-        answer = plan.op.loop.cond.outputs[0]
-        return self.machine.arrays.truth(self.fetch((answer, None), plan.cond.mesh))
+        mesh = plan.body[0].mesh
+        if plan.cond is not None:
+            mesh = plan.cond.mesh
+            self.forget({v[0] for v in plan.cond.outputs})
+            self.compute(plan.cond, trip)
+        return self.machine.arrays.truth(self.fetch((plan.answer, None), mesh), mesh)
 
     def rebind(self, needed: Sequence[tuple[Value, int]], carry: dict[int, tuple[int, int]], inside: set[int]) -> None:
         """What the last trip made becomes what the next one reads."""
@@ -213,7 +215,7 @@ def _tensors_read(step: Stage | LoopPlan) -> set[int]:
     if isinstance(step, Stage):
         return {v[0] for v in step.inputs}
     inner = [*step.body, *([step.cond] if step.cond is not None else [])]
-    found = {v[0] for s in inner for v in s.inputs} | {t for _, t in step.xs}
+    found = {v[0] for s in inner for v in s.inputs} | {t for _, t in step.xs} | ({step.answer} if step.answer is not None else set())
     return found | {t for _, init, new in step.carry for t in (init, new)} | {t for _, t, _ in step.results}
 
 
@@ -222,7 +224,7 @@ class _Counter:
 
     def __init__(self, stages: Stages, trips: int):
         self.tensors = stages.program.graph.tensors
-        self.trip, self.trips = -1, trips
+        self.trip, self.trips, self.asked = -1, trips, 0
         self.arrays: Arrays = self
         self.moves: list[tuple[int, Value, int, int]] = []
 
@@ -254,8 +256,9 @@ class _Counter:
     def settle(self, array: Any, value: Value, mesh: int) -> Any:
         return None
 
-    def truth(self, array: Any) -> bool:
-        return self.trip < self.trips
+    def truth(self, array: Any, mesh: int) -> bool:
+        self.asked += 1
+        return self.asked <= self.trips
 
 
 @checked

@@ -95,7 +95,7 @@ def _other_step(want: Stage | LoopPlan, got: Stage | LoopPlan) -> str:
     """How a step differs from the one that `cut` makes; empty where it does not."""
     if type(want) is not type(got):
         return "a stage and a loop stand in each other's place"
-    fields = ("id", "mesh", "region", "inputs", "outputs", "donated") if isinstance(want, Stage) else ("trips", "carry", "xs", "results")
+    fields = ("id", "mesh", "region", "inputs", "outputs", "donated") if isinstance(want, Stage) else ("trips", "carry", "xs", "results", "answer")
     name = f"stage {want.id}" if isinstance(want, Stage) else "the token loop"
     if isinstance(want, LoopPlan) and isinstance(got, LoopPlan) and want.op is not got.op:
         return f"{name}: it is op {got.op.id} where the placement's is op {want.op.id}"

@@ -269,7 +269,7 @@ class HostArrays:
     def copy(self, array: Any) -> Any:
         return jnp.copy(array)
 
-    def truth(self, array: Any) -> bool:
+    def truth(self, array: Any, mesh: int) -> bool:
         return bool(array)
 
 

@@ -98,7 +98,7 @@ class _Part:
         self.own, self.of, self.wire, self.attempt, self.stopped, self.typed = own, meshes, wire, attempt, stopped, typed
         self.arrays: Arrays = self
         self.moves = self.answers = 0
-        self.trip, self.decides = -1, wire.me
+        self.trip = -1
         self.deliveries: list[dict[str, Any]] = []
         self.made: queue.Queue[tuple[int, str, Any] | None] = queue.Queue()
         self.ready: dict[str, float] = {}
@@ -114,8 +114,6 @@ class _Part:
 
     def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
         self.trip = trip
-        if stage.region == "cond":
-            self.decides = self.of[stage.mesh]
         return self.own.compute(stage, arrays, trip) if self.mine(stage.mesh) else [ELSEWHERE] * len(stage.outputs)
 
     def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
@@ -132,7 +130,7 @@ class _Part:
         self.deliveries.append({"name": name, "value": value, "src": src, "dst": dst, "trip": self.trip, "nbytes": found.nbytes, "arrived": when})
         return self.typed(value[0], found)
 
-    def truth(self, array: Any) -> bool:
+    def truth(self, array: Any, mesh: int) -> bool:
         name = f"{self.attempt} answer {self.answers}"
         self.answers += 1
         if not isinstance(array, _Elsewhere):
@@ -140,7 +138,7 @@ class _Part:
             for peer in set(self.of.values()) - {self.wire.me}:
                 self.wire.send(peer, name, answer)
             return answer
-        return bool(self.wire.receive(self.decides, name, unless=self.stopped)[0])
+        return bool(self.wire.receive(self.of[mesh], name, unless=self.stopped)[0])
 
     def rows(self, array: Any, start: int, stop: int) -> Any:
         return array if isinstance(array, _Elsewhere) else self.own.arrays.rows(array, start, stop)

@@ -47,9 +47,9 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LoopPlan:
-    """A token loop whose body is cut: `cond` decides (None: `trips` times), `body` runs in order, then the carry is rebound.
+    """A token loop whose body is cut: `answer` says whether another trip follows (None: `trips` times), `body` runs in order, then the carry is rebound.
 
-    carry: (tensor as the body reads it, tensor it starts from, tensor that replaces it); xs: (tensor as the body reads it, stacked
+    cond: what makes the answer; None where that is a carry as it is. carry: (tensor as the body reads it, tensor it starts from, tensor that replaces it); xs: (tensor as the body reads it, stacked
     tensor outside); results: (tensor outside, tensor of the body, whether all trips are stacked). Constants of the loop go by their
     names outside.
     """
@@ -61,6 +61,7 @@ class LoopPlan:
     carry: tuple[tuple[int, int, int], ...]
     xs: tuple[tuple[int, int], ...]
     results: tuple[tuple[int, int, bool], ...]
+    answer: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -293,16 +294,19 @@ class _Cutter:
         needed_late = {v for (o, span), _ in late_units for v in reads(o, span)} | outputs
         results = tuple(r for r in results if (r[0], None) in needed_late)
         read = {self.outside(v) for (o, span), _ in [*body_units, *cond_units] for v in reads(o, span)}
+        answer = self.outside((loop.cond.outputs[0], None))[0] if loop.cond is not None else None
         slots = {t: (init, new) for t, init, new in carry}
         enters = read | {(slots[v[0]][0], v[1]) for v in read if v[0] in slots}
-        enters |= {(init, None) for _, init, _ in carry} | {(outer, None) for _, outer in xs} | {(new, None) for _, _, new in carry}
+        enters |= {(init, None) for _, init, _ in carry} | {(outer, None) for _, outer in xs} | {(new, None) for _, _, new in carry} | ({(answer, None)} if answer is not None else set())
         before = self.stages("top", self.units("top", early), outputs | needed_late | enters)
         kept = {(slots[v[0]][1], v[1]) for v in read if v[0] in slots}
-        kept |= {(new, None) for outside, new, _ in results} | {(new, None) for _, _, new in carry if new in slots}
+        kept |= {(new, None) for _, new, _ in results} | {(new, None) for t, _, new in carry if new in slots or t == answer}
+        while more := {(slots[t][1], span) for t, span in kept if t in slots} - kept:  # a carry that takes another's place
+            kept |= more
         stacked = {new for _, new, every in results if every}  # what every trip keeps must not be overwritten by the next
         body = self.stages("body", body_units, kept, [c for c in carry if c[2] not in stacked and c[0] not in stacked])
         cond = self.stages("cond", cond_units, {(t, None) for t in loop.cond.outputs}) if loop.cond is not None else []
-        plan = LoopPlan(op=op, trips=self.problem.workload.trips, cond=cond[0] if cond else None, body=tuple(body), carry=carry, xs=xs, results=results)  # fmt: skip
+        plan = LoopPlan(op=op, trips=self.problem.workload.trips, cond=cond[0] if cond else None, body=tuple(body), carry=carry, xs=xs, results=results, answer=answer)  # fmt: skip
         return [*before, plan, *self.stages("top", late_units, outputs)]
 
     @functools.cached_property

@@ -253,7 +253,7 @@ ELSEWHERE = {
 
 LEAVES = ["rare", "rare", "matmul", "attend", "elementwise", "reduce", "look_up", "sort", "update", "shuffle", "narrow", "noise", "convolve"]
 INNER = ["call", "layers", "repeat", "branch"]
-LOOPS = ["none", "none", "scan", "scan xs", "scan reverse", "while", "while stop", "fori"]
+LOOPS = ["none", "none", "scan", "scan xs", "scan reverse", "while", "while stop", "while flag", "fori"]
 
 
 def draw(seed: int) -> tuple[Callable[..., Any], tuple[Any, ...], bool]:
@@ -291,7 +291,7 @@ def _token_loop(d: Drawer, loop: str, length: int, pool: Pool, tokens: Any) -> A
     xs = jnp.arange(length * COLS, dtype=jnp.float32).reshape(length, COLS) * 0.01 if loop != "scan" else None
 
     def step(state: Any, x: Any) -> tuple[Any, Any]:
-        token, cache, key, i, steady = state
+        token, cache, key, i, steady, one, other = state
         inner = Drawer(salt, d.w, d.table, key)
         h = inner.steps([(d.table[token] + 0.3 * steady + (0.0 if x is None else x), False)], 1 + salt % 4, 1)
         narrow = h[-1][0]
@@ -300,13 +300,19 @@ def _token_loop(d: Drawer, loop: str, length: int, pool: Pool, tokens: Any) -> A
         cache = jax.lax.dynamic_update_slice(cache, jnp.tanh(score)[None], (i % 6, 0, 0))
         d.exact &= inner.exact
         key = jax.random.split(key)[0] if kinds % 2 else key
-        return (new, cache, key, i + 1, steady), (new, narrow, *((token, cache, i, steady) if salt % 3 == 0 else ()))  # the last: as the trip found them
+        return (new, cache, key, i + 1, steady, other, jnp.sin(one + 0.1 * score)), (new, narrow, *((token, cache, i, steady) if salt % 3 == 0 else ()))  # the last: as the trip found them
 
     cache = jnp.zeros((6, ROWS, COLS)).at[0].set(jnp.tanh(d.clean(pool)))
-    state = (jnp.argmax(d.clean(pool) @ d.w[2], -1).astype(jnp.int32) if kinds >= 2 else tokens, cache, d.key, jnp.int32(0), start * 0 + 0.1)
+    state = (jnp.argmax(d.clean(pool) @ d.w[2], -1).astype(jnp.int32) if kinds >= 2 else tokens, cache, d.key, jnp.int32(0), start * 0 + 0.1, start * 0 + 0.3, start * 0 + 0.7)
+    read = (0, 1, *((5, 6, 5)[salt % 5 : salt % 5 + 2]))  # of two carries that change places: both, either, none
     if loop.startswith("scan"):
-        return jax.lax.scan(step, state, xs, length=length, reverse=loop == "scan reverse"), state[0]
+        last, rows = jax.lax.scan(step, state, xs, length=length, reverse=loop == "scan reverse")
+        return [last[n] for n in (*read, 2, 3, 4)], rows, state[0]
     if loop == "fori":
-        return jax.lax.fori_loop(0, length, lambda i, s: step(s, None)[0], state)[:2]
-    ends = (lambda s: (s[3] < length) & (s[0][0] != 3)) if loop == "while stop" else (lambda s: s[3] < length)
-    return jax.lax.while_loop(ends, lambda s: step(s, None)[0], state)[:2]
+        last = jax.lax.fori_loop(0, length, lambda i, s: step(s, None)[0], state)
+    elif loop == "while flag":  # the condition is a carry as it is
+        last = jax.lax.while_loop(lambda s: s[0], lambda s: (s[1][3] + 1 < length, step(s[1], None)[0]), (jnp.int32(0) < length, state))[1]
+    else:
+        ends = (lambda s: (s[3] < length) & (s[0][0] != 3)) if loop == "while stop" else (lambda s: s[3] < length)
+        last = jax.lax.while_loop(ends, lambda s: step(s, None)[0], state)
+    return [last[n] for n in read]

@@ -14,6 +14,7 @@ import pytest
 from conftest import posed
 
 import partition as pt
+from partition import artifacts
 from partition.dispatch import transfers
 from partition.execution import prepare, uncut
 from partition.policies import POLICIES
@@ -88,3 +89,41 @@ def test_fourier_transforms_of_what_is_split(form: str, how: str) -> None:
     program = pt.trace(FOURIER[form], w, x)
     problem = pt.pose(pt.tag(program), "h100_disagg", level="op", sharding="tensor")
     assert pt.check(pt.cut(program, pt.place(problem, how)), w, x).equal
+
+
+def _flag(w: Any, x: Any, go: Any) -> Any:
+    """A condition that is a carry as it is."""
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (c[1] < 2, c[1] + 1, jnp.tanh(jnp.sin(c[2] @ w))), (True, 0, x))[1:]
+
+
+def _given(w: Any, x: Any, go: Any) -> Any:
+    """A condition from outside, which says no."""
+    asked = (x.sum() > 1e9) | go
+    return jax.lax.while_loop(lambda c: asked, lambda c: (c[0] + 1, jnp.tanh(jnp.sin(c[1] @ w))), (0, x))
+
+
+def _unread(w: Any, x: Any, go: Any) -> Any:
+    """Carries that change places, of which one is read afterwards."""
+    return jax.lax.while_loop(lambda c: c[0] < 5, lambda c: (c[0] + 1, c[2], jnp.tanh(jnp.sin(c[1] @ w))), (0, x, x[::-1]))[1]
+
+
+def _three(w: Any, x: Any, go: Any) -> Any:
+    """Three carries that move on by one place, in a scan."""
+    return jax.lax.scan(lambda c, _: ((c[1], c[2], jnp.tanh(jnp.sin(c[0] @ w))), None), (x, x[::-1], -x), None, length=4)[0][0]
+
+
+@pytest.mark.parametrize("fn", [_flag, _given, _unread, _three])
+def test_loops_of_rare_forms_run_cut_and_exported(fn: Any, tmp_path: Any) -> None:
+    args = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32), np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32), False
+    program = pt.trace(fn, *args)
+    loop = next(op.id for op in program.graph.ops if op.loop is not None)
+    problem = pt.pose(pt.tag(program, loop=loop), pt.cluster("trn2_efa_4cs3"), level="op", trips=4)
+    stages = cut(program, problem.placement([1 + n % 2 for n in range(len(problem))]))
+    assert any(s.region == "body" for s in stages.all)
+    runner = prepare(stages)
+    verdict = pt.check(stages, *args, runner=runner)
+    assert verdict.bitwise and verdict.moved_bytes <= verdict.planned_bytes
+    made = jax.tree_util.tree_leaves(runner(*args))
+    artifacts.export(stages, tmp_path / "out", *args)
+    for a, b in zip(made, artifacts.load(tmp_path / "out").run(), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-6)
