@@ -20,9 +20,9 @@ of that, as a share of their rms. What is further is held against float64. Integ
 FAR = 1e3
 """Values so many times as large as all that differ say nothing of their scale: what a mask or padding holds."""
 
-OWN, MOST, FEW = 4.0, 100.0, 8
+OWN, MOST, FEW, SOME = 4.0, 100.0, 8, 0.25
 """A value beyond its tolerance may be OWN times as far from float64 as the uncut program's own (another order of the same sums), where that is itself no further
-than MOST tolerances: what is further is no rounding, but another model. FEW: elements that an index must have for its own noise to be known."""
+than MOST tolerances: what is further is no rounding, but another model. FEW: elements that an index must have for its own noise to be known; SOME: the share of its scale that a row of fewer may be off."""
 NARROW, SAME = 1e-3, 1e-6
 """From which bound on floats are narrow; and how far, as a share of scale, one function may be from itself in float64, whose constants a program holds in float32."""
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "complex64": 2.0**-23, "complex128": 2.0**-52}
@@ -190,7 +190,7 @@ def judged(difference: Difference, oracle: Any, reference: Any, candidate: Any, 
 
 
 def near(reference: Any, candidate: Any, oracle: Any = None, operands: Sequence[Any] = ()) -> bool:
-    """Whether two arrays are one but for roundings, in every index of every dimension: bounds are shares of the scale of each, so that no loud row hides a quiet one. oracle: the same in
+    """Whether two arrays are one but for roundings, in every index of every dimension and every row along the last: bounds are shares of the scale of each, so that no loud row hides a quiet one. oracle: the same in
     float64; with it, it is enough that the candidate errs OWN times as much as the reference does there, or would at its scale, or by OWN roundings of an operand's element in its place, as where a product
     is not rounded before a sum takes it."""
     d = compare("it", reference, candidate)
@@ -204,11 +204,13 @@ def near(reference: Any, candidate: Any, oracle: Any = None, operands: Sequence[
     for x in operands:
         if floating(str((held := _jax.to_numpy(x)).dtype)) and held.shape == np.shape(reference):
             floor = np.maximum(floor, OWN * EPS.get(d.dtype, 0.0) * np.nan_to_num(np.abs(parts(held).astype(np.float64))))
-    for axes in [(), *((i,) for i in range(a.ndim) if a.size >= FEW * a.shape[i])]:
+    rows = tuple(range(a.ndim - 1))
+    for axes in [(), *((i,) for i in range(a.ndim) if a.size >= FEW * a.shape[i]), *([rows] if a.ndim > 1 else [])]:
         rest = tuple(i for i in range(a.ndim) if i not in axes)
         scale, noise = (np.abs(x).max(axis=rest, keepdims=True, initial=0.0) for x in (truth, own))
         usual = np.median(noise[scale > 0] / scale[scale > 0]) if (scale > 0).any() else 0.0
-        room = np.minimum(room, np.maximum(d.bound * scale, OWN * np.maximum(noise, usual * scale)))
+        bound = d.bound if axes != rows or a.shape[-1] >= FEW else max(d.bound, min(MOST * d.bound, SOME))  # of a few numbers, all may be small by chance
+        room = np.minimum(room, np.maximum(bound * scale, OWN * np.maximum(noise, usual * scale)))
     return bool((other <= np.maximum(room, floor)).all())
 
 

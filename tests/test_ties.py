@@ -14,7 +14,7 @@ import pytest
 from mutants import CHANGES, RUNS, changed, patched, places, scaled, stale, with_stage
 
 import partition as pt
-from partition import execution, reporting, ties
+from partition import dispatch, execution, reporting, ties
 from partition.errors import EquivalenceError
 
 WIDTH = 64
@@ -94,13 +94,13 @@ def with_form(change: Callable[[Any], Any]) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def tampered(by: Callable[[Any], Any]) -> Iterator[None]:
-    """What the first sharded stage makes is changed behind it."""
+def tampered(by: Callable[[Any], Any], every: bool = False) -> Iterator[None]:
+    """What sharded stages make is changed behind them; every: what the first stage makes, sharded or not."""
     good = execution.Runner._build
 
     def build(self: Any, stage: Any, inner: Any, ins: Any, outs: Any) -> Any:
         compiled = good(self, stage, inner, ins, outs)
-        if self.meshes[stage.mesh].size < 2:
+        if stage.id != 0 if every else self.meshes[stage.mesh].size < 2:
             return compiled
         return lambda *arrays: [jax.device_put(by(a), a.sharding) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in compiled(*arrays)]
 
@@ -146,18 +146,64 @@ def test_a_fault_of_one_run_does_not_hide_behind_another(where: str) -> None:
     assert calls[0] >= 3 or where == "of the first run alone"
 
 
-def test_rows_that_are_destroyed_beside_loud_ones_are_no_tie() -> None:
-    rng, dtype = np.random.default_rng(0), jnp.bfloat16
-    x = rng.normal(size=(64, WIDTH))
-    x[60:] *= 2e-3  # four quiet rows
-    given = ((rng.normal(size=(WIDTH, 8)) / 8).astype(dtype), rng.normal(size=(8, WIDTH)).astype(dtype), x.astype(dtype))
+def quiet(shape: tuple[int, ...], experts: int, dtype: Any, where: Any, by: float) -> tuple[Any, ...]:
+    """A router's weights, a row for each expert, and tokens of which some are quiet."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(*shape, WIDTH))
+    x[where] *= by
+    return (rng.normal(size=(WIDTH, experts)) / 8).astype(dtype), rng.normal(size=(experts, WIDTH)).astype(dtype), x.astype(dtype)
+
+
+QUIET = {
+    "rows": ((64,), 8, jnp.bfloat16, np.s_[60:], 2e-3), "rows of few": ((64,), 4, jnp.bfloat16, np.s_[60:], 2e-3),
+    "a row of rows": ((16, 16), 32, jnp.bfloat16, np.s_[3, 5], 2e-3), "a row of rows in float32": ((16, 16), 32, np.float32, np.s_[3, 5], 5e-6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", [0, 1], ids=["sharded", "whole"])
+@pytest.mark.parametrize("name", QUIET)
+def test_rows_that_are_destroyed_beside_loud_ones_are_no_tie(name: str, mesh: int) -> None:
+    given, at = quiet(*QUIET[name]), QUIET[name][3]
     program = pt.trace(lambda head, table, x: jnp.tanh(table[jnp.argmax(x @ head, -1)] + x), *given)
     problem = pt.pose(pt.tag(program, loop="none"), pt.cluster("trn2_efa_4cs3"), sharding="tensor", level="op")
-    made = pt.cut(program, problem.placement([0] + [1] * (len(problem) - 1)))
+    made = pt.cut(program, problem.placement([mesh] + [mesh + 1] * (len(problem) - 1)))
     assert pt.check(made, *given).equal
-    for fault in (lambda a: a.at[60:].set(0), lambda a: a.at[60].set(0), lambda a: a.at[60:].set(jnp.roll(a[60:], 1, -1))):
-        with tampered(fault), pytest.raises(EquivalenceError, match="stage 0 on trn2"):
+    for fault in (lambda a: a.at[at].set(0), lambda a: a.at[at].set(jnp.roll(a[at], 1, -1))):
+        with tampered(fault, every=mesh > 0), pytest.raises(EquivalenceError, match=f"stage 0 on {made.problem.meshes[mesh]}"):
             print(pt.check(made, *given))
+
+
+def test_tokens_of_another_type_with_the_same_bits_are_no_tie() -> None:
+    good = dispatch.Walk.finish
+
+    def finish(self: Any, *args: Any, **options: Any) -> None:
+        good(self, *args, **options)
+        for value, held in self.env.items():
+            held.update({m: a.view(jnp.float32) for m, a in held.items() if value[0] in self.stages.program.graph.outputs and a is not None and a.dtype == jnp.int32 and a.ndim == 2})
+
+    for seed in range(3):
+        with patched(dispatch.Walk, "finish", finish), pytest.raises(EquivalenceError):
+            print(pt.check(cut_loop((1, 2)), *args(seed)))
+
+
+def replicated(w: Any, x: Any) -> Any:
+    """What both phases need of weights alone is computed on a mesh of each, with its own roundings."""
+    table = jnp.tanh(w["table"] @ w["up"]) @ w["down"]
+    h = jnp.tanh(x * 0.5 + table[jnp.argmax(scores(x, w["head"]), -1)])
+    last, tokens = jax.lax.scan(lambda h, _: (jnp.tanh(h * 0.5 + table[(t := jnp.argmax(scores(h, w["head"]), -1))]), t), h, None, length=4)
+    return last, tokens, h
+
+
+def test_what_two_meshes_compute_each_for_itself_is_no_fault() -> None:
+    for seed in range(3):
+        (head, table, x), rng = args(seed), np.random.default_rng(seed)
+        given = {"head": head, "table": table, "up": rng.normal(size=(WIDTH // 2, 128)).astype(np.float32) / 8, "down": rng.normal(size=(128, WIDTH // 2)).astype(np.float32) / 8}, x
+        program = pt.trace(replicated, *given)
+        loop = next(op.id for op in program.graph.ops if op.loop is not None)
+        problem = pt.pose(pt.tag(program, loop=loop), pt.cluster("trn2_efa_4cs3"), sharding="tensor", level="op")
+        for _ in range(2):
+            made = pt.cut(program, problem.placement([int(rng.integers(0, 2)) if b.region == "top" else 1 for b in problem.blocks]))
+            assert pt.check(made, *given).equal
 
 
 def condition(head: Any, table: Any, x: Any) -> Any:

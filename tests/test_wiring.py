@@ -17,6 +17,7 @@ from mutants import patched, stale
 import partition as pt
 from partition import dispatch, execution, ties
 from partition.references import References
+from partition.wiring import Wiring
 
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -106,3 +107,15 @@ def test_no_fault_of_a_walk_is_held_for_the_program(name: str, faults: dict[str,
     for fault, context in faults.items():
         with context():
             assert held(stages(name), ARGS) is None, fault
+
+
+def test_trips_come_one_after_the_other() -> None:
+    made = stages("scan")
+    phases, row = made.problem.phases, np.zeros((5, 8), np.float32)
+    for trips, there in (((0, 1), True), ((1,), False), ((0, 2), False)):
+        known = Wiring(made.program, phases.token_loop, 5, lambda value: row)
+        inside = phases.token_loop.loop.body
+        for trip in trips:
+            for t in inside.outputs:
+                known.made((t, None), trip, 1, row[0])
+        assert (known.read((inside.inputs[-1], None), trips[-1], 1) is not None) == there
