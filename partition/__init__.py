@@ -13,7 +13,7 @@ _WHERE = {
     "Cluster": "hardware", "EquivalenceError": "errors", "Estimate": "evaluation", "ExitCode": "errors", "PartitionError": "errors", "Phase": "phases", "Placement": "problem",
     "Plan": "pipeline", "Problem": "problem", "Program": "program", "Stages": "stages", "Timeline": "timeline", "Verdict": "verdict",
     "Work": "work", "check": "equivalence", "cluster": "profiles", "compare": "bench", "curves": "scaling", "compile_cache": "program", "cut": "stages", "diff": "changes", "frame": "frames", "device": "profiles",
-    "evaluate": "evaluation", "explain": "explanation", "export": "artifacts", "draw": "figures", "fit": "fidelity.fitting", "front": "fronts", "host_devices": "program", "launch": "processes", "lower_bound": "bounds", "model": "pipeline", "operators": "fidelity.kernels", "place": "pipeline",
+    "evaluate": "evaluation", "explain": "explanation", "export": "artifacts", "draw": "figures", "fit": "fidelity.fitting", "front": "fronts", "host_devices": "program", "launch": "processes", "load_export": "artifacts:load", "lower_bound": "bounds", "model": "pipeline", "operators": "fidelity.kernels", "place": "pipeline",
     "plan": "pipeline", "policy": "pipeline", "pose": "problem", "prepare": "execution", "rank": "ranks", "read_instance": "instances:read", "report": "reporting:html", "rule": "work",
     "run": "execution", "sensitivity": "swings", "schedule": "timeline", "sweep": "sweeps", "tag": "phases", "trace": "program", "transfers": "dispatch", "uncut": "execution",
     "validate": "fidelity", "verify": "evaluation", "write_problem": "records:write", "Batch": "batch", "Moves": "moves",

@@ -151,7 +151,7 @@ class Exported:
                 raise ExecutionError(f"{name} is {jnp.result_type(array)}{list(np.shape(array))}, the program takes {t['dtype']}{t['shape']}", where="run(inputs)", mend="give what was traced")
             given[self.names[name]] = array
         if lacking := [name for name, t in self.names.items() if t not in given and f"input {t}" not in self.arrays]:
-            raise ExecutionError(f"{len(lacking)} inputs are missing, such as {lacking[0]!r}", where="run(inputs)", mend="give them by name, or export with the arguments")
+            raise ExecutionError(f"{len(lacking)} inputs are missing, such as {lacking[0]!r}", where="run(inputs)", mend="give them by name, or export with the arguments: export(stages, folder, *args), partition export PLAN --seed 0")
         return given
 
     def walked(self, machine: Machine) -> list[tuple[Any, int]]:
@@ -276,7 +276,7 @@ def load(folder: str | Path, meshes: Collection[int] | None = None) -> Exported:
     except OutputError:
         raise
     except Exception as error:  # whatever a folder of something else leads to
-        raise OutputError(f"the export cannot be read: {told(error)}", where=str(folder), mend="name a folder that `partition export` wrote") from None
+        raise OutputError(f"the export cannot be read: {told(error)}", where=str(folder), mend="name a folder that `partition export` wrote; if it is one, export again or copy it again") from None
     known = {k: v for k, v in manifest["options"].items() if k in strict_options()}
     calls = {}
     for name, blob in blobs.items():

@@ -23,7 +23,7 @@ from partition.errors import OutputError, told
 from partition.origin import versions
 from partition.outputs import write
 
-FORMAT = "partition baseline 1"
+FORMAT = "partition baseline 2"
 _SAMPLE = 64
 """Elements of each output that are recorded, evenly spread."""
 GROWTH = 2.0
@@ -83,7 +83,7 @@ def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] 
         if "sha256" in old:
             if old["sha256"] != new["sha256"]:
                 first = next((i for i, (a, b) in enumerate(zip(old["sample"], new["sample"], strict=True)) if a != b), None)
-                moved.append(f"{old['name']}: whole numbers (tokens) are others" + ("" if first is None else f", of the recorded ones the {first + 1}. first: {new['sample'][first]}, not {old['sample'][first]}"))
+                moved.append(f"{old['name']}: whole numbers (tokens) are others" + ("; every one that was recorded agrees" if first is None else f", of the recorded ones the {first + 1}. first: {new['sample'][first]}, not {old['sample'][first]}"))
             continue
         most, unit = allowed.get(old["dtype"], 0.0), max(old["rms"], 1e-300)
         pairs = list(zip(old["sample"], new["sample"], strict=True))
@@ -108,8 +108,10 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a baseline. Raises OutputError."""
     try:
         raw: dict[str, Any] = json.loads(Path(path).read_text())
-        if raw["format"] != FORMAT or not all({"name", "shape", "dtype", "sample"} <= o.keys() for o in raw["outputs"]):
-            raise ValueError(f"its format is not {FORMAT!r}")
+        if raw["format"] != FORMAT:
+            raise ValueError(f"its format is {raw['format']!r}, not {FORMAT!r}")
+        if raw.pop("digest", None) != _digest(raw):
+            raise ValueError("it is not what was recorded, its checksum differs")
         return raw
     except Exception as error:  # whatever a file of another form leads to
         raise OutputError(f"the baseline cannot be read: {told(error)}", where=str(path), mend="record one: partition check ... --against FILE --accept 'why it is right'") from None
@@ -118,4 +120,8 @@ def load(path: str | Path) -> dict[str, Any]:
 def save(baseline: Mapping[str, Any], path: str | Path) -> Path:
     """Write a baseline, whole or not at all. Raises OutputError."""
     path = Path(path)
-    return write(path.parent, {path.name: json.dumps(baseline, indent=1)}) / path.name
+    return write(path.parent, {path.name: json.dumps({**baseline, "digest": _digest(baseline)}, indent=1)}) / path.name
+
+
+def _digest(baseline: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(baseline, sort_keys=True).encode()).hexdigest()

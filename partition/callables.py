@@ -15,9 +15,10 @@ from partition import _jax
 from partition._jax.lifting import float64
 from partition.counterparts import parting
 from partition.distances import NARROW, Difference, apart, floating, held_wide, judged
+from partition.divergence import fickle
 from partition.errors import EquivalenceError, ExecutionError, told, written_at
 from partition.program import trace
-from partition.verdict import Verdict, beside, compared, hold_numbers, largest, refused, roughest, rules
+from partition.verdict import Verdict, beside, changing, compared, hold_numbers, largest, refused, roughest, rules
 
 
 def two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tolerance: Mapping[str, float] | None, oracle: bool) -> Verdict:
@@ -56,10 +57,17 @@ def two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tole
     hold_numbers(verdict, want, args)
     for name, fn, before in (("reference", reference, want), ("candidate", candidate, got)):
         if not equal and not all(d.bitwise for d in compared(before, _called(name, fn, args), None)):
-            raise refused(verdict, f"the {name} does not give the same numbers twice", where=getattr(fn, "__qualname__", name), mend="give it keys as arguments, or take out what changes from run to run")
+            raise changing(verdict, f"the {name}", _fickle(fn, args) or str(getattr(fn, "__qualname__", name)))
     if not equal:
         raise refused(verdict, "reference and candidate differ", where="; ".join([*([culprit] if culprit else []), *(str(d) for d in outputs if not d.equal)]), mend="look at the op named" if culprit else "no op is found where they part: give more of what is inside as outputs")
     return verdict
+
+
+def _fickle(fn: Callable[..., Any], args: Any) -> str | None:
+    """The op of a callable that gives other numbers when it is run again; None where JAX cannot trace it."""
+    with contextlib.suppress(Exception):
+        return fickle(trace(fn, *args), jax.tree_util.tree_leaves(args))
+    return None
 
 
 def _tokens_alone(outputs: Sequence[Difference]) -> tuple[str, ...]:

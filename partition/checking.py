@@ -86,6 +86,10 @@ def check_command(
         verdict = dataclasses.replace(verdict, target=numerics.summary(found))
     drifted = _drift(f"{made.title}, seed {seed}", runner(*args), verdict, against, accept, budget) if against is not None and code is ExitCode.OK else []
     code = ExitCode.MISMATCH if drifted else code
+    if accept is not None and code is not ExitCode.OK:
+        print(f"nothing is recorded in {against}: the run is not equal", file=sys.stderr)
+    if ":" not in model:  # by its name alone
+        verdict = dataclasses.replace(verdict, not_shown=(*verdict.not_shown, f"the weights are random numbers (seed {seed}): what the answers say of tokens is of them"))
     raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "made": origin.made(made.problem.cluster, seed=seed), "effects": [dataclasses.asdict(e) for e in found], "drift": drifted} | dataclasses.asdict(verdict), indent=1, default=str)
     print(raw if as_json else verdict)
     if found and not as_json:
@@ -124,5 +128,6 @@ def _drift(title: str, result: Any, verdict: Any, against: Path, accept: str | N
         raise PartitionError(f"the recorded run is of {old['title']}", where=f"{against}; this one is of {title}", mend="run the same again, or record this one: --accept 'why it is right'")
     moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(TOLERANCE, budget), verdict=verdict)
     if not moved:
+        print(f"no drift from {against}: {len(old['outputs'])} outputs and {len(old['errors'])} errors against float64 are as recorded ({old['reason']})", file=sys.stderr)
         return []
     return [f"DRIFTED from {against} ({old['title']}; taken as right because: {old['reason']})", *(f"  {m}" for m in moved), *(f"  since then {c}" for c in changed)]

@@ -142,7 +142,7 @@ def hold_to_host(model: str, nbytes: float) -> None:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 3 * nbytes > host:
         raise PartitionError(f"{model} has {size(nbytes)} of weights, and running it takes three times that", where=f"this host has {size(host)} of memory",
-                             mend="check a smaller model of the family (smollm2-135m, tiny), or only plan this one")  # fmt: skip
+                             mend="check a sibling of it with small widths (check NAME --shrink) or a smaller model of the family (smollm2-135m, tiny), or only plan this one")  # fmt: skip
 
 
 @app.command("plan")

@@ -28,7 +28,7 @@ from partition.execution import Record, Runner, bound_inputs, prepare, uncut
 from partition.graph import Value
 from partition.references import References, logits
 from partition.stages import Stage, Stages
-from partition.verdict import Verdict, beside, compared, hold_numbers, largest, refused, roughest, rules
+from partition.verdict import Verdict, beside, changing, compared, hold_numbers, largest, refused, roughest, rules
 
 UNSHARDED = "no mesh is sharded: one host device stands for each"
 
@@ -109,7 +109,7 @@ def check(
     )  # fmt: skip
     hold_numbers(verdict, reference, args)
     if not equal and (fickle := divergence.fickle(program, [loaded[t] for t in program.graph.inputs])) is not None:
-        raise refused(verdict, "the model does not give the same numbers twice", where=fickle, mend="give it keys as arguments, or take out what changes from run to run")
+        raise changing(verdict, "the model", fickle)
     if not equal:
         raise refused(verdict, "cut and uncut program differ", where=culprit or "; ".join(str(d) for d in outputs if not d.equal), mend="look at the op named: its stage, its sharding, or the value that reached it")
     return verdict

@@ -363,6 +363,8 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     """A plan from plain values; its estimate is computed again from the problem. Raises OutputError for another format."""
     if raw.get("format") != FORMAT:
         raise OutputError(f"plan format {raw.get('format')!r} is not {FORMAT}", where="plan.json", mend="plan again with this version")
+    if not isinstance(raw["request"], dict):
+        raise OutputError("the plan's request is not a table of values", where="plan.json", mend="plan again, or name a plan.json that `partition plan` wrote")
     works = tuple(Work(flops={"any": flops}, read=nbytes) for flops, nbytes in raw.get("work", ()))
     problem = dataclasses.replace(records.from_values(raw["problem"]), cluster=pydantic.TypeAdapter(Cluster | None).validate_python(raw["machines"]), works=works)
     also = {int(k): tuple(v) for k, v in raw["placement"]["also"].items()}

@@ -189,6 +189,7 @@ class _Part:
 
 def serve(folder: str, me: int, meshes: Mapping[int, int], names: Mapping[int, str], home: str, token: str, patience: float, throttle: float | None, attempt: int) -> None:
     """One process: load what its meshes need, then answer requests until told to stop, or until the launching process is gone."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     wire = Wire(me, token, names, patience=patience, throttle=throttle)
     wire.connect(HOME, home)
     wire.expect(HOME, START)
@@ -207,6 +208,13 @@ def serve(folder: str, me: int, meshes: Mapping[int, int], names: Mapping[int, s
         except Exception as error:
             _failed(wire, order["attempt"], error)
     wire.close()
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after the launching one, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _failed(wire: Wire, attempt: int, error: Exception, *, attempted: bool = True) -> None:
@@ -249,7 +257,7 @@ class Processes:
             self.meshes = {m: n for n, m in enumerate(sorted({s["mesh"] for s in self.manifest["stages"]}))}
             self.names = {HOME: "the launching process"} | {n: f"the process for {self.manifest['meshes'][m]['name']}" for m, n in self.meshes.items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ExecutionError(f"the export cannot be read: {told(error)}", where=str(folder), mend="name a folder that `partition export` wrote") from None
+            raise ExecutionError(f"the export cannot be read: {told(error)}", where=str(folder), mend="name a folder that `partition export` wrote; if it is one, export again or copy it again") from None
         self.token, self.attempt = secrets.token_hex(8), 0
         self.wire = Wire(HOME, self.token, self.names, patience=patience)
         self.lock = threading.Lock()  # one request at a time
@@ -343,7 +351,7 @@ class Processes:
             for other, process in self.running.items():
                 if (words := self.wire.arrived.get((other, f"{self.attempt} failed"))) is not None:
                     kind, what, where, mend = words[0]
-                    return FAILURES.get(kind, ExecutionError)(what, where=f"{self.names[other]}: {where}", mend=mend)
+                    return FAILURES.get(kind, ExecutionError)(what, where=where if where.startswith(self.names[other]) else f"{self.names[other]}: {where}", mend=mend)
                 if (code := process.poll()) is not None:
                     how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
                     return TransportError(f"{self.names[other]} {how}", where=f"attempt {self.attempt}", mend="run the request again (retries=1, --retries 1): it is started anew")

@@ -90,6 +90,13 @@ def refused(verdict: Verdict, what: str, *, where: str, mend: str) -> Equivalenc
     return error
 
 
+def changing(verdict: Verdict, who: str, where: str) -> EquivalenceError:
+    """The error to raise where a model gives other numbers when it is run again: of the cut, or of the candidate, nothing is shown then."""
+    what = f"{who} does not give the same numbers twice"
+    said = dataclasses.replace(verdict, cut=f"not told: {what}", sharding="", culprit=f"{what}: {where}")
+    return refused(said, what, where=where, mend="give it keys as arguments, or take out what changes from run to run")
+
+
 def hold_numbers(verdict: Verdict, reference: Any, args: Any) -> None:
     """Raises EquivalenceError for an output or an argument without a number: NaN that equals NaN shows nothing."""
     given = ((f"argument {jax.tree_util.keystr(path)}", leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0])

@@ -16,6 +16,11 @@ RESULT = {"tokens": jnp.arange(10), "logits": jnp.linspace(-1, 1, 300).reshape(3
 def test_the_same_run_does_not_drift(tmp_path: Path) -> None:
     path = baselines.save(baselines.recorded("a model", RESULT, reason="the first"), tmp_path / "b.json")
     old = baselines.load(path)
+    said = json.loads(path.read_text())
+    for damage in ({"errors": {"stage 1": 0.5}}, {"environment": 3}, {"outputs": said["outputs"][:1]}, {"digest": ""}):
+        (tmp_path / "damaged.json").write_text(json.dumps(said | damage))
+        with pytest.raises(OutputError, match="its checksum differs"):
+            baselines.load(tmp_path / "damaged.json")
     assert baselines.drift(old, RESULT) == ([], []) and old["reason"] == "the first" and old["environment"]["jax"]
 
 

@@ -232,8 +232,10 @@ def test_a_model_that_is_not_the_same_twice() -> None:
         return jax.pure_callback(noise, jax.ShapeDtypeStruct((2, 4), jnp.float32), jnp.tanh(x @ w))
 
     w, x = np.eye(4, dtype=np.float32), np.ones((2, 4), np.float32)
-    with pytest.raises(EquivalenceError, match=r"(?s)not give the same numbers twice.*pure_callback at .*test_equivalence.py"):
-        check(made(fn, w, x), w, x)
+    for given in ((made(fn, w, x), w, x), (fn, fn, (w, x))):
+        with pytest.raises(EquivalenceError, match=r"(?s)not give the same numbers twice.*pure_callback at .*test_equivalence.py") as error:
+            check(*given)
+        assert error.value.verdict.cut.startswith("not told: the ") and "pure_callback at" in str(error.value.verdict)
 
 
 def test_no_tolerance_at_all_is_said_to_be_missed() -> None:
