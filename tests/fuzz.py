@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BLOCK = 50
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 """Compiled quickly: what is checked is the cut, not the compiler's last passes."""
 
 
