@@ -30,7 +30,7 @@ def held(stages: Any, args: Any) -> str | None:
     return ties.tipped(runner, loaded, References(runner, loaded, stages.problem.workload.trips), result, record)[0]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3, 5])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 5))])
 def test_every_link_of_a_random_program_holds(seed: int) -> None:
     stages, args, _ = test_random.drawn(seed)
     assert held(stages, args) is not None
