@@ -23,7 +23,7 @@ from partition.dispatch import Machine
 from partition.distances import compare, floating, near
 from partition.divergence import describe
 from partition.execution import Record, Runner
-from partition.graph import Value
+from partition.graph import Role, Value
 from partition.references import References
 from partition.stages import Stage
 from partition.wiring import Wiring
@@ -89,7 +89,7 @@ def _argument(runner: Runner, loaded: Mapping[int, Any], value: Value) -> np.nda
     """An argument, a weight or a constant on the host."""
     t, span = value
     whole, aval = _jax.to_numpy(loaded[t] if t in loaded else runner.lowered.values[t]), runner.lowered.avals[t]
-    array = whole if _jax.is_key(aval) else whole.astype(aval.dtype)
+    array = whole if _jax.is_key(aval) else whole.astype(aval.dtype, copy=False)
     return array if span is None else array[span[0] : span[1]]
 
 
@@ -172,6 +172,7 @@ class _Witness:
         self.arrays, self.given, self.move, self.stack, self.settle = machine.arrays, machine.given, machine.move, machine.stack, machine.settle
         phases = runner.stages.problem.phases
         self.wiring = Wiring(runner.program, phases.token_loop if phases else None, runner.stages.problem.workload.trips, functools.partial(_argument, runner, loaded))
+        self.weights: dict[tuple[Value, int], Any] = {}  # what was held once, and is read in every trip
         self.choice: str | None = None
         self.own = _Ways(_jax.as_function, runner.options)
         self.meshes = {m: _Ways(functools.partial(runner.form, mesh=m), runner.options) for m in runner.meshes}
@@ -181,7 +182,10 @@ class _Witness:
         read = []
         for v, array in zip(stage.inputs, arrays, strict=True):
             read.append(self.wiring.read(v, trip, stage.mesh))
-            _same(f"it reads another value {v[0]} than was made for it", read[-1], array, self._at(stage, trip))
+            if self.weights.get((v, stage.mesh)) is not array:
+                _same(f"it reads another value {v[0]} than was made for it", read[-1], array, self._at(stage, trip))
+            if self.runner.program.graph.tensors[v[0]].role is not Role.ACTIVATION:
+                self.weights[v, stage.mesh] = array
         made = self.machine.compute(stage, arrays, trip)
         hosts = [_jax.to_numpy(a).copy() for a in made]
         for table, values, arrays_now in ((self.record.read, stage.inputs, read), (self.record.kept, stage.outputs, hosts)):
