@@ -205,11 +205,11 @@ def near(reference: Any, candidate: Any, oracle: Any = None, operands: Sequence[
         if floating(str((held := _jax.to_numpy(x)).dtype)) and held.shape == np.shape(reference):
             floor = np.maximum(floor, OWN * EPS.get(d.dtype, 0.0) * np.nan_to_num(np.abs(parts(held).astype(np.float64))))
     rows = tuple(range(a.ndim - 1))
-    for axes in [(), *((i,) for i in range(a.ndim) if a.size >= FEW * a.shape[i]), *([rows] if a.ndim > 1 else [])]:
+    for axes in {(), *((i,) for i in range(a.ndim) if a.size >= FEW * a.shape[i]), rows}:
         rest = tuple(i for i in range(a.ndim) if i not in axes)
         scale, noise = (np.abs(x).max(axis=rest, keepdims=True, initial=0.0) for x in (truth, own))
         usual = np.median(noise[scale > 0] / scale[scale > 0]) if (scale > 0).any() else 0.0
-        bound = d.bound if axes != rows or a.shape[-1] >= FEW else max(d.bound, min(MOST * d.bound, SOME))  # of a few numbers, all may be small by chance
+        bound = d.bound if not axes or axes != rows or a.shape[-1] >= FEW else max(d.bound, min(MOST * d.bound, SOME))  # of a few numbers, all may be small by chance
         room = np.minimum(room, np.maximum(bound * scale, OWN * np.maximum(noise, usual * scale)))
     return bool((other <= np.maximum(room, floor)).all())
 

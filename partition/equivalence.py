@@ -31,6 +31,7 @@ from partition.stages import Stage, Stages
 from partition.verdict import Verdict, beside, changing, compared, hold_numbers, largest, refused, roughest, rules
 
 UNSHARDED = "no mesh is sharded: one host device stands for each"
+"""The answer to the second question where it does not arise."""
 
 
 @checked
@@ -126,13 +127,13 @@ def _alone(runner: Runner, strict: bool) -> Runner:
 
 
 def _tie(args: tuple[Any, ...], reference: Any, result: Any, outputs: Sequence[Difference], record: Record, runner: Runner, loaded: Mapping[int, Any]) -> tuple[tuple[str, str] | None, str | None]:
-    """(what the first two questions are answered where only roundings tipped a choice, None where something else differs; the op that differs, where it is one of a sharded stage)."""
+    """(what the first two questions are answered where only roundings tipped a choice, None where something else differs; the stage and op that differ, where one is found)."""
     said, broken, parted = None, None, False
     shared = any(mesh.size > 1 for mesh in runner.meshes.values())
     alone = compared(reference, _alone(runner, runner.strict)(*args), None) if shared else outputs
     with contextlib.suppress(Exception):  # a program whose ops do not run one by one is held to its numbers alone
         said, broken = ties.tipped(runner, loaded, References(runner, loaded, runner.stages.problem.workload.trips), result, record)
-        parted = said is not None and not all(d.equal for d in alone)
+        parted = said is not None and not (shared and all(d.equal for d in alone))
         if parted and (whole := ties.op_by_op(runner, loaded)) is None:
             said = None
         elif parted and not said and not all(d.equal for d in compared(jax.tree_util.tree_leaves(reference), whole, None)):

@@ -69,9 +69,9 @@ def run_command(
     alone = [name for name, value in (("--retries", retries), ("--patience", patience), ("--throttle", throttle)) if value is not None]
     if alone and not processes:
         raise PartitionError(f"{alone[0]} is for separate processes", where=alone[0], mend="add --processes, or leave it out")
+    folder = folder.parent if folder.name == "manifest.json" else folder
     if seed is not None and (folder / "manifest.json").exists():
         raise PartitionError("an export holds its own weights", where="--seed", mend="export with another seed, or run the plan.json")
-    folder = folder.parent if folder.name == "manifest.json" else folder
     with tempfile.TemporaryDirectory() as scratch:
         if not (folder / "manifest.json").exists() and (folder.is_file() or (folder / "plan.json").exists()):
             _, folder = _exported(folder, Path(scratch) / "export", seed or 0, streamed=processes)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import gc
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from partition import _jax
@@ -61,7 +61,7 @@ class LoopPlan:
     carry: tuple[tuple[int, int, int], ...]
     xs: tuple[tuple[int, int], ...]
     results: tuple[tuple[int, int, bool], ...]
-    answer: int | None = None
+    answer: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +89,7 @@ class Stages:
         return "\n".join(lines)
 
 
-def find(value: Value, made: Mapping[int, Sequence[Value]]) -> list[Value]:
+def find(value: Value, made: Mapping[int, Collection[Value]]) -> list[Value]:
     """The made values that give `value`: itself, the whole of which it is rows, or the pieces that make it up."""
     have = made.get(value[0], ())
     if value in have:

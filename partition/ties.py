@@ -65,8 +65,8 @@ class _OpByOp:
     """A machine in the place of a run's, which computes one op after the other and moves nothing."""
 
     def __init__(self, machine: Machine, runner: Runner, loaded: Mapping[int, Any]):
-        self.machine, self.runner, self.loaded = machine, runner, loaded
-        self.arrays = machine.arrays
+        self.runner, self.loaded = runner, loaded
+        self.arrays, self.stack = machine.arrays, machine.stack
         self.jaxprs = {s.id: unconstrained(s.jaxpr) for s in runner.stages.all}
 
     def given(self, value: Value, mesh: int) -> Any:
@@ -77,9 +77,6 @@ class _OpByOp:
 
     def move(self, array: Any, value: Value, src: int, dst: int) -> Any:
         return array
-
-    def stack(self, arrays: Sequence[Any], value: Value) -> Any:
-        return self.machine.stack(arrays, value)
 
     def settle(self, array: Any, value: Value, mesh: int) -> Any:
         return array

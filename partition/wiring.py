@@ -32,20 +32,17 @@ class _Table:
     """Values by name, whole or in rows."""
 
     def __init__(self) -> None:
-        self.arrays: dict[Value, Copies] = {}
-        self.names: dict[int, list[Value]] = {}
+        self.made: dict[int, dict[Value, Copies]] = {}  # by tensor
 
     def put(self, value: Value, copies: Copies) -> None:
-        if value not in self.arrays:
-            self.names.setdefault(value[0], []).append(value)
-        self.arrays.setdefault(value, {}).update(copies)
+        self.made.setdefault(value[0], {}).setdefault(value, {}).update(copies)
 
     def get(self, value: Value) -> Copies | None:
         """A value, of the pieces that make it up; None where they are not all there."""
         span, parts = value[1], list[Copies | None]()
         at = span[0] if span is not None else 0
-        for source in find(value, self.names):
-            held = self.arrays[source]
+        for source in find(value, self.made):
+            held = self.made[value[0]][source]
             if source == value:
                 return held
             first = source[1][0] if source[1] is not None else 0
@@ -90,7 +87,7 @@ class Wiring:
         if self.tensors[t].role is not Role.ACTIVATION:
             return {-1: self.given(value)}
         if t not in self.state:
-            return self.now.get(value) if t in self.now.names else self.top.get(value)
+            return self.now.get(value) if t in self.now.made else self.top.get(value)
         whole = self.state[t]
         return whole if whole is None or span is None else {m: a[span[0] : span[1]] for m, a in whole.items()}
 

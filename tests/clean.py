@@ -25,7 +25,7 @@ POLICIES = ("phase_split", "random", "equal_split")
 
 
 def block(index: int, seeds: int) -> tuple[int, int, list[str]]:
-    """(checks, those that sharding tips at a near tie, alarms) of one family, form and number of threads, in a process of its own."""
+    """(checks, those in which roundings tip a near tie, alarms) of one family, form and number of threads, in a process of its own."""
     family, form, threads = FAMILIES[index // 2 % len(FAMILIES)], index // 2 // len(FAMILIES) % len(FORMS), 1 + index % 2
     done = subprocess.run([sys.executable, __file__, "--block", family, str(form), str(threads), str(seeds)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "PARTITION_CACHE": "off"})
     said = [json.loads(line) for line in done.stdout.splitlines()]
@@ -79,7 +79,7 @@ def main() -> int:
             alarms += wrong
             print(f"{n + 1} of {blocks} settings, {checks:,} checks, {len(alarms)} alarms, {time.time() - start:,.0f} s", file=sys.stderr, flush=True)
             print(*wrong, sep="\n", end="\n" if wrong else "", flush=True)
-    print(f"{checks:,} clean checks, {len(alarms)} alarms; {ties} equal up to a choice at a near tie, which the order of a mesh's sums tips")
+    print(f"{checks:,} clean checks, {len(alarms)} alarms; {ties} equal up to a choice at a near tie, which roundings tip")
     return 1 if alarms or checks < told.cases else 0
 
 

@@ -101,7 +101,7 @@ def named(path: Path) -> list[tuple[int, str, str]]:
     return [(n.lineno, str(n.module), a.name) for n in nodes for a in n.names]
 
 
-@pytest.mark.parametrize("folder", ["partition", "models", "benchmarks", "tests", "notebooks", "docs", "."])
+@pytest.mark.parametrize("folder", ["partition", "models", "benchmarks", "tests", "notebooks", "docs", "device_profiles", "."])
 def test_what_is_imported_exists(folder: str) -> None:
     """What runs seldom (benchmarks, notebooks, pages) breaks unseen where a name moves."""
     files = [p for pattern in ("*.py", "*.md") for p in ((ROOT / folder).rglob(pattern) if folder != "." else ROOT.glob(pattern))]

@@ -94,13 +94,13 @@ def with_form(change: Callable[[Any], Any]) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def tampered(by: Callable[[Any], Any], every: bool = False) -> Iterator[None]:
-    """What sharded stages make is changed behind them; every: what the first stage makes, sharded or not."""
+def tampered(by: Callable[[Any], Any], first: bool = False) -> Iterator[None]:
+    """What sharded stages make is changed behind them; first: what the first stage makes, sharded or not."""
     good = execution.Runner._build
 
     def build(self: Any, stage: Any, inner: Any, ins: Any, outs: Any) -> Any:
         compiled = good(self, stage, inner, ins, outs)
-        if stage.id != 0 if every else self.meshes[stage.mesh].size < 2:
+        if stage.id != 0 if first else self.meshes[stage.mesh].size < 2:
             return compiled
         return lambda *arrays: [jax.device_put(by(a), a.sharding) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in compiled(*arrays)]
 
@@ -169,7 +169,7 @@ def test_rows_that_are_destroyed_beside_loud_ones_are_no_tie(name: str, mesh: in
     made = pt.cut(program, problem.placement([mesh] + [mesh + 1] * (len(problem) - 1)))
     assert pt.check(made, *given).equal
     for fault in (lambda a: a.at[at].set(0), lambda a: a.at[at].set(jnp.roll(a[at], 1, -1))):
-        with tampered(fault, every=mesh > 0), pytest.raises(EquivalenceError, match=f"stage 0 on {made.problem.meshes[mesh]}"):
+        with tampered(fault, first=mesh > 0), pytest.raises(EquivalenceError, match=f"stage 0 on {made.problem.meshes[mesh]}"):
             print(pt.check(made, *given))
 
 
