@@ -64,6 +64,12 @@ def stages(name: str) -> Any:
     return pt.cut(program, problem.placement([0 if n < last else 1 for n in range(len(problem))]))
 
 
+@functools.cache
+def compiled(made: Any) -> Any:
+    """Stages compiled once, for the checks of runs that are faulty or not."""
+    return pt.prepare(made)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_choice_that_the_order_of_sums_tips_is_no_fault_and_is_named(name: str) -> None:
     verdict = pt.check(stages(name), *args())
@@ -128,8 +134,9 @@ def test_no_fault_of_a_sharded_stage_hides_behind_a_tie(name: str, fault: str) -
 
 @pytest.mark.parametrize("fault", sorted(RUNS))
 def test_no_fault_of_a_transfer_hides_behind_a_tie(fault: str) -> None:
+    runner = compiled(stages("flat"))
     with RUNS[fault](), pytest.raises(EquivalenceError, match=r"arrives wrong|differ"):
-        pt.check(stages("flat"), *args())
+        pt.check(stages("flat"), *args(), runner=runner)
 
 
 @pytest.mark.parametrize("where", ["of the first run alone", "of the second run alone"])
@@ -181,9 +188,10 @@ def test_tokens_of_another_type_with_the_same_bits_are_no_tie() -> None:
         for value, held in self.env.items():
             held.update({m: a.view(jnp.float32) for m, a in held.items() if value[0] in self.stages.program.graph.outputs and a is not None and a.dtype == jnp.int32 and a.ndim == 2})
 
+    runner = compiled(cut_loop((1, 2)))
     for seed in range(3):
         with patched(dispatch.Walk, "finish", finish), pytest.raises(EquivalenceError):
-            print(pt.check(cut_loop((1, 2)), *args(seed)))
+            print(pt.check(cut_loop((1, 2)), *args(seed), runner=runner))
 
 
 def replicated(w: Any, x: Any) -> Any:
@@ -277,7 +285,7 @@ def cut_loop(meshes: tuple[int, int]) -> Any:
 @pytest.mark.parametrize("meshes", [(1, 2), (0, 1)], ids=["none sharded", "one sharded"])
 def test_a_choice_that_the_cut_itself_tips_is_no_fault(meshes: tuple[int, int]) -> None:
     stages, tipped = cut_loop(meshes), 0
-    runner = pt.prepare(stages)
+    runner = compiled(stages)
     for seed in range(8):
         verdict = pt.check(stages, *args(seed), runner=runner)
         assert verdict.equal and verdict.tie == (not all(d.equal for d in verdict.outputs))
@@ -291,14 +299,15 @@ def test_a_choice_that_the_cut_itself_tips_is_no_fault(meshes: tuple[int, int]) 
 @pytest.mark.parametrize("fault", [*sorted(RUNS), "stale"])
 @pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
 def test_no_fault_hides_behind_a_choice_that_the_cut_tips(fault: str, seed: int) -> None:
+    runner = compiled(cut_loop((1, 2)))
     with stale(2) if fault == "stale" else RUNS[fault](), pytest.raises(EquivalenceError):
-        print(pt.check(cut_loop((1, 2)), *args(seed)))
+        print(pt.check(cut_loop((1, 2)), *args(seed), runner=runner))
 
 
 def test_parts_that_are_not_the_programs_differ_op_by_op() -> None:
     good = cut_loop((1, 2))
+    runner = compiled(good)
     for seed in range(3):
-        runner = pt.prepare(good)
         whole = ties.op_by_op(runner, runner.load(*args(seed)))
         assert whole is not None and [a.shape for a in whole] == [(16, 6), (16, WIDTH // 2), ()]
     with stale(2):

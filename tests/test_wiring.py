@@ -22,19 +22,18 @@ from partition.wiring import Wiring
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def held(stages: Any, args: Any) -> str | None:
+def held(runner: Any, args: Any) -> str | None:
     """Empty where every link of a run holds, and no choice was tipped; None where one does not."""
-    runner = pt.prepare(stages)
     loaded = runner.load(*args)
     result, record = runner.run(loaded, keep=2)
-    return ties.tipped(runner, loaded, References(runner, loaded, stages.problem.workload.trips), result, record)[0]
+    return ties.tipped(runner, loaded, References(runner, loaded, runner.stages.problem.workload.trips), result, record)[0]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 5))])
 def test_every_link_of_a_random_program_holds(seed: int) -> None:
     stages, args, _ = test_random.drawn(seed)
-    assert held(stages, args) is not None
     runner = pt.prepare(stages)
+    assert held(runner, args) is not None
     assert ties.op_by_op(runner, runner.load(*args)) is not None
 
 
@@ -103,10 +102,11 @@ OF_CONDITIONS: dict[str, Context] = {
 
 @pytest.mark.parametrize(("name", "faults"), [("scan", OF_BOTH | OF_SCANS), ("while", OF_BOTH | OF_CONDITIONS)])
 def test_no_fault_of_a_walk_is_held_for_the_program(name: str, faults: dict[str, Context]) -> None:
-    assert held(stages(name), ARGS) == ""
+    runner = pt.prepare(stages(name))
+    assert held(runner, ARGS) == ""
     for fault, context in faults.items():
         with context():
-            assert held(stages(name), ARGS) is None, fault
+            assert held(runner, ARGS) is None, fault
 
 
 def test_trips_come_one_after_the_other() -> None:
