@@ -8,6 +8,7 @@ checkpoint is not installed, the numbers mean nothing, and are told as such.
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 
@@ -47,6 +48,7 @@ def bars() -> list[Bar]:
         program = pt.trace(fn, *args)
         phases = pt.tag(program)
         for name, precision in OTHERS.items():
+            print(f"numerics: {dtype}, {name}", file=sys.stderr, flush=True)
             machines = pt.cluster("trn2_efa_cs3")
             meshes = machines.meshes if precision is None else tuple(dataclasses.replace(m, device=dataclasses.replace(m.device, precision=precision if m.device.name == "cs3" else None)) for m in machines.meshes)
             problem = pt.pose(phases, dataclasses.replace(machines, meshes=meshes), sharding="tensor")

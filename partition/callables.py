@@ -18,7 +18,7 @@ from partition.distances import NARROW, Difference, apart, floating, held_wide, 
 from partition.divergence import fickle
 from partition.errors import EquivalenceError, ExecutionError, told, written_at
 from partition.program import trace
-from partition.verdict import Verdict, beside, changing, compared, hold_numbers, largest, refused, roughest, rules
+from partition.verdict import Verdict, beside, changing, compared, hold_numbers, largest, numberless, refused, roughest, rules
 
 
 def two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tolerance: Mapping[str, float] | None, oracle: bool) -> Verdict:
@@ -51,7 +51,7 @@ def two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tole
             culprit = next(filter(None, (parting(*both, tuple(args), differs) for differs in rules(tolerance))), None)
     bitwise = equal and all(d.bitwise for d in outputs)
     verdict = Verdict(
-        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=(*_tokens_alone(outputs), *apart(outputs)), stages=0, moved_bytes=0, planned_bytes=0,
+        equal=equal, bitwise=bitwise, outputs=outputs, boundaries=(), culprit=culprit, cut="yes, bit for bit" if bitwise else "yes, within bounds" if equal else "NO", not_shown=(*_tokens_alone(outputs), *numberless(outputs, want), *apart(outputs)), stages=0, moved_bytes=0, planned_bytes=0,
         trips=None, planned_trips=0, seconds=time.perf_counter() - start, options={},
     )  # fmt: skip
     hold_numbers(verdict, want, args)

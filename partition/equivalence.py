@@ -28,7 +28,7 @@ from partition.execution import Record, Runner, bound_inputs, prepare, uncut
 from partition.graph import Value
 from partition.references import References, logits
 from partition.stages import Stage, Stages
-from partition.verdict import Verdict, beside, changing, compared, hold_numbers, largest, refused, roughest, rules
+from partition.verdict import Verdict, beside, changing, compared, hold_numbers, largest, numberless, refused, roughest, rules
 
 UNSHARDED = "no mesh is sharded: one host device stands for each"
 """The answer to the second question where it does not arise."""
@@ -46,11 +46,12 @@ def check(
     Raises EquivalenceError, with the verdict, where they differ by more than that, where every number of an output is NaN, and where the model
     does not give the same twice; ExecutionError where they cannot run.
     """
+    of_each = isinstance(tolerance, Mapping)
     if tolerance is not None and not isinstance(tolerance, Mapping):
         tolerance = dict.fromkeys(TOLERANCE, float(tolerance))
     for name, share in (tolerance or {}).items():
         if name not in TOLERANCE or isinstance(share, bool) or not isinstance(share, numbers.Real) or not float(share) >= 0:
-            raise ExecutionError(f"{share!r} is no tolerance of {name!r}", where="check(..., tolerance=...)", mend=f"give a share of scale from 0, for one of {', '.join(TOLERANCE)}")
+            raise ExecutionError(f"{share!r} is no tolerance" + (f" of {name!r}" if of_each else ""), where="check(..., tolerance=...)", mend=f"give a share of scale from 0, for one of {', '.join(TOLERANCE)}")
     if trips < 0:
         raise ExecutionError(f"{trips} trips cannot be compared", where="check(..., trips=...)", mend="give 0 or more")
     if not isinstance(stages, Stages):
@@ -104,7 +105,7 @@ def check(
     verdict = Verdict(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=boundaries, culprit=culprit, cut=right, sharding=sharding, tie=tie is not None,
         tokens=() if bitwise and all(d.bitwise for d in boundaries) else _tokens(stages, record, refs, chosen),
-        not_shown=_not_shown(stages) + _unseen(trips, longer) + (("nothing was cut: all of it is one stage; a policy such as random cuts it",) if len(stages.all) < 2 else ()), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
+        not_shown=_not_shown(stages) + numberless(outputs, reference) + _unseen(trips, longer) + (("nothing was cut: all of it is one stage; a policy such as random cuts it",) if len(stages.all) < 2 else ()), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
         trips=record.trips, planned_trips=stages.problem.workload.trips, seconds=record.seconds,
         options=dict(runner.options),
     )  # fmt: skip

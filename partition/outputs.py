@@ -27,7 +27,8 @@ def write(folder: str | Path, files: Mapping[str, str | bytes]) -> Path:
             os.replace(path, folder / name)
     except OSError as error:
         why = "it is a file, not a folder" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise OutputError(f"cannot write {', '.join(files)}: {why}", where=str(folder), mend="name a folder that you may write to") from None
+        named = ", ".join(name for name in files if not name.startswith("."))
+        raise OutputError(f"cannot write {named or 'there'}: {why}", where=str(folder), mend="name a folder that you may write to") from None
     finally:
         for path in temporary.values():
             Path(path).unlink(missing_ok=True)

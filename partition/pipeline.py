@@ -141,7 +141,7 @@ class Plan:
 def again(saved: Plan, *, seed: int | None = None) -> tuple[Plan, tuple[Any, ...]]:
     """A loaded plan with its program, traced again from its request, and the program's arguments (with weights, where there is a seed).
 
-    Raises PlacementError where the plan was made of a callable, or the program is no longer the one that was planned.
+    Raises PlacementError where the plan was made of a callable, or the program or its sizes are no longer those that were planned.
     """
     from partition import phases, problem, program
 
@@ -152,6 +152,8 @@ def again(saved: Plan, *, seed: int | None = None) -> tuple[Plan, tuple[Any, ...
     posed = problem.pose(phases.tag(program.trace(fn, *args)), saved.problem.cluster, objective=saved.problem.objective, trips=said.get("trips"), sharding=said.get("sharding", "search"))
     if posed.names != saved.problem.names:
         raise PlacementError("the model gives another program than the one that was planned", where=f"{len(posed)} nodes, the plan has {len(saved.problem)}", mend="plan it again with this version")
+    if other := [name for name in ("workload", "meshes", "kinds", "flows", "residents") if getattr(posed, name) != getattr(saved.problem, name)]:
+        raise PlacementError(f"the plan's request and machines give other {other[0]} than its problem has", where=f"{saved.title}: {other[0]}", mend="plan that request, do not write it into a plan")
     placement = verify(posed, dataclasses.replace(saved.placement, problem=posed, bound=None))
     return dataclasses.replace(saved, problem=posed, placement=placement), args
 

@@ -107,6 +107,12 @@ def hold_numbers(verdict: Verdict, reference: Any, args: Any) -> None:
             raise refused(empty, what, where=f"{leaf.dtype}{list(leaf.shape)}", mend="look for the first NaN: jax.config.update('jax_debug_nans', True)")
 
 
+def numberless(outputs: Sequence[Difference], reference: Any) -> tuple[str, ...]:
+    """What is not shown of outputs that hold no finite number, such as infinities on both sides."""
+    rows = zip(outputs, jax.tree_util.tree_leaves(reference), strict=True)
+    return tuple(f"no number of output {d.name} is finite" for d, leaf in rows if floating(d.dtype) and 0 not in d.shape and not np.isfinite(parts(_jax.to_numpy(leaf)).astype(np.float64)).any())
+
+
 def _is_nan(flat: np.ndarray) -> bool:
     """Whether every number is NaN; of most arrays the first one tells."""
     return all(bool(np.isnan(parts(part).astype(np.float64)).all()) for part in (flat[:1], flat))

@@ -311,6 +311,16 @@ def test_what_is_right_is_no_fault(name: str) -> None:
     assert check(reference, candidate, args).equal
 
 
+def test_outputs_that_are_infinite_on_both_sides_are_said_to_show_nothing() -> None:
+    def far(w: Any, x: Any) -> Any:
+        return {"far": jnp.exp(1e3 * (x @ w)), "near": x @ w}
+
+    w, x = np.eye(4, dtype=np.float32), np.ones((2, 4), np.float32)
+    for given in ((made(far, w, x), w, x), (far, far, (w, x))):
+        verdict = check(*given)
+        assert verdict.equal and [n for n in verdict.not_shown if "finite" in n] == ["no number of output ['far'] is finite"]
+
+
 def test_wrong_arguments_of_a_check() -> None:
     w, x = np.eye(4, dtype=np.float32), np.ones((2, 4), np.float32)
     stages, other = (made(lambda w, x: jnp.tanh(x @ w), w, x) for _ in range(2))
@@ -319,6 +329,10 @@ def test_wrong_arguments_of_a_check() -> None:
     with pytest.raises(ExecutionError, match="the candidate raised ZeroDivisionError"):
         check(jnp.tanh, lambda x: 1 / 0, (x,))
     assert check(lambda x: x, lambda x: x * 1.01, (x,), tolerance=0.1).equal
+    with pytest.raises(ExecutionError, match=r"^-1.0 is no tolerance\n"):
+        check(stages, w, x, tolerance=-1)
+    with pytest.raises(ExecutionError, match=r"^True is no tolerance of 'float32'\n"):
+        check(stages, w, x, tolerance={"float32": True})
     with pytest.raises(ExecutionError, match="-1 trips cannot be compared"):
         check(stages, w, x, trips=-1)
     assert not check(stages, w, x, runner=prepare(stages, strict=False)).options  # as the runner was prepared

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +135,18 @@ def test_a_plan_of_another_form_is_refused(tmp_path: Path, change: object) -> No
     with pytest.raises(PartitionError) as error:
         pipeline.Plan.load(tmp_path)
     assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("change, other", [(lambda raw: raw["request"].update(new_tokens=9), "give other workload than its problem has"), (lambda raw: raw["request"].update(prompt=9), "another program"),
+                                           (lambda raw: raw["machines"]["meshes"].reverse(), "give other meshes than its problem has")])  # fmt: skip
+def test_a_request_that_was_written_into_a_plan_is_refused(tmp_path: Path, change: Callable[[Any], None], other: str) -> None:
+    made = pipeline.plan(*request("tiny", prompt=4, new_tokens=3), cluster="trn2_efa_cs3")
+    dataclasses.replace(made, request={"model": "tiny", "prompt": 4, "new_tokens": 3}).save(tmp_path)
+    assert pipeline.again(pipeline.Plan.load(tmp_path))[0].problem.names == made.problem.names
+    change(raw := json.loads((tmp_path / "plan.json").read_text()))
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    with pytest.raises(PlacementError, match=other):
+        pipeline.again(pipeline.Plan.load(tmp_path))
 
 
 def test_files_are_written_all_or_none(tmp_path: Path) -> None:
