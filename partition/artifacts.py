@@ -147,9 +147,11 @@ class Exported:
             if name not in self.names:
                 raise ExecutionError(f"the program takes no {name!r}", where="run(inputs)", mend=f"known: {', '.join(sorted(self.names)[:8])}")
             t = tensors[str(self.names[name])]
-            if list(np.shape(array)) != t["shape"] or (str(jnp.result_type(array)) != t["dtype"] and not t["dtype"].startswith("key<")):
-                raise ExecutionError(f"{name} is {jnp.result_type(array)}{list(np.shape(array))}, the program takes {t['dtype']}{t['shape']}", where="run(inputs)", mend="give what was traced")
-            given[self.names[name]] = array
+            key = hasattr(array, "dtype") and _jax.is_key(array)
+            dtype = str(array.dtype if key else jnp.result_type(array))
+            if list(np.shape(array)) != t["shape"] or dtype != t["dtype"]:
+                raise ExecutionError(f"{name} is {dtype}{list(np.shape(array))}, the program takes {t['dtype']}{t['shape']}", where="run(inputs)", mend="give what was traced")
+            given[self.names[name]] = _jax.to_numpy(array) if key else _jax.on_host(array)
         if lacking := [name for name, t in self.names.items() if t not in given and f"input {t}" not in self.arrays]:
             raise ExecutionError(f"{len(lacking)} inputs are missing, such as {lacking[0]!r}", where="run(inputs)", mend="give them by name, or export with the arguments: export(stages, folder, *args), partition export PLAN --seed 0")
         return given

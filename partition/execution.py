@@ -325,7 +325,7 @@ class _Computer:
 
 
 def bound_inputs(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
-    """The leaves of arguments by tensor. Raises ExecutionError for those that were not traced so."""
+    """The leaves of arguments by tensor, on one host device, wherever they lay. Raises ExecutionError for those that were not traced so."""
     entry = program.entry
     leaves, tree = jax.tree_util.tree_flatten(args)
     if tree != entry.in_tree:
@@ -339,7 +339,7 @@ def bound_inputs(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
         if np.shape(leaf) != aval.shape or jnp.result_type(leaf) != aval.dtype:
             raise ExecutionError(f"argument {tensors[t].name} is {jnp.result_type(leaf)}{list(np.shape(leaf))}, the trace has {aval.dtype}{list(aval.shape)}",
                                  where=entry.name, mend="pass arguments of the traced shapes, or trace again")  # fmt: skip
-    return dict(zip(program.graph.inputs, leaves, strict=True))
+    return dict(zip(program.graph.inputs, map(_jax.on_host, leaves), strict=True))
 
 
 @checked

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 pytest.importorskip("flatbuffers", reason="flatbuffers is an extra")
 
@@ -95,6 +97,24 @@ def test_inputs_by_name(tmp_path: Path) -> None:
         bare.run({"beauty": 1})
     with pytest.raises(ExecutionError, match="the program takes"):
         bare.run(given | {names[0]: np.zeros(3)})
+
+
+def test_inputs_that_lie_on_other_devices_and_keys_among_them(tmp_path: Path) -> None:
+    def fn(key: Any, w: Any, x: Any) -> Any:
+        return jnp.tanh(x @ w) + jax.random.normal(key, (4, 8)) @ w
+
+    devices = jax.devices()
+    spread = NamedSharding(Mesh(np.array(devices[:4]), ("a",)), PartitionSpec("a"))
+    w, x = np.eye(8, dtype=np.float32), np.ones((4, 8), np.float32)
+    args = jax.device_put(jax.random.key(3), devices[2]), jax.device_put(w, spread), jax.device_put(x, devices[3])
+    problem = pt.pose(pt.tag(pt.trace(fn, *args)), pt.cluster("trn2_efa_cs3"), level="op", sharding="tensor")
+    stages = pt.cut(problem.phases.program, pt.place(problem, "random"))
+    assert pt.check(stages, *args).equal
+    names = [stages.program.graph.tensors[t].name for t in stages.program.graph.inputs]
+    bare = load(export(stages, tmp_path / "bare"))
+    assert np.array_equal(bare.run(dict(zip(names, args, strict=True)))[0], pt.uncut(stages.program)(*args))
+    with pytest.raises(ExecutionError, match=r"is key<rbg>\[\], the program takes key<fry>\[\]"):
+        bare.run(dict(zip(names, (jax.random.key(3, impl="rbg"), w, x), strict=True)))
 
 
 def test_the_verbs(tmp_path: Path) -> None:

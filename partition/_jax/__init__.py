@@ -327,3 +327,9 @@ def to_numpy(value: Any) -> np.ndarray:
     if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     return np.asarray(value)
+
+
+def on_host(leaf: Any) -> Any:
+    """A leaf on the first host device: what lies on another, or is spread over several, would take a computation there."""
+    first = jax.devices("cpu")[0]
+    return jax.device_put(leaf, first) if isinstance(leaf, jax.Array) and leaf.devices() != {first} else leaf
