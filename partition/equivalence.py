@@ -99,7 +99,10 @@ def check(
         culprit = broken  # op by op on the mesh
     bitwise = equal and all(d.bitwise for d in outputs)
     if oracle:
-        wanted = [truth().get((t, None), -1) for t in program.graph.outputs]
+        try:
+            wanted = [truth().get((t, None), -1) for t in program.graph.outputs]
+        except Exception as error:
+            raise ExecutionError(f"the program has no form in float64: {told(error)}", where="check(..., oracle=True)", mend="check it without the oracle") from error
         outputs = beside(outputs, wanted, jax.tree_util.tree_leaves(reference), jax.tree_util.tree_leaves(result))
         boundaries = beside(boundaries, [truth().get(k.value, k.trip) for k in kept], [k.reference for k in kept], [k.array for k in kept])
     verdict = Verdict(

@@ -22,12 +22,19 @@ def loops(x: Any) -> Any:
     return jax.lax.switch(jnp.argmax(x[0]) % 2, [jnp.cos, jnp.exp], h) + ys.sum(0)
 
 
+def turned(x: Any) -> Any:
+    """As rotary positions are written with complex numbers, in a loop too, and a transform."""
+    z = jax.lax.complex(x[:, ::2], x[:, 1::2])
+    z = jax.lax.scan(lambda s, row: (s * jnp.exp(0.5j * row), None), z, jnp.arange(3))[0]
+    return jnp.stack([z.real, z.imag], -1).reshape(x.shape) + jnp.fft.fft(x).real - jnp.conj(z).sum(1).imag[:, None]
+
+
 def calls(x: Any) -> Any:
     return jax.jit(jax.nn.silu)(x) + jax.checkpoint(jnp.tanh)(x) + jax.nn.relu(x)
 
 
 FORMS: dict[str, Callable[[Any], Any]] = {
-    "loops": loops, "calls": calls, "scatters": lambda x: x.at[jnp.array([2, 0])].add(x[:2]).at[1].min(0.125).at[:, 3].mul(2.0).at[0].max(0.25), "contractions": lambda x: jax.nn.softmax(x @ x.T) @ x,
+    "loops": loops, "turned": turned, "calls": calls, "scatters": lambda x: x.at[jnp.array([2, 0])].add(x[:2]).at[1].min(0.125).at[:, 3].mul(2.0).at[0].max(0.25), "contractions": lambda x: jax.nn.softmax(x @ x.T) @ x,
     "sorts": lambda x: jnp.sort(x, 1) + jax.lax.top_k(x, 3)[0].sum(1, keepdims=True), "sums": lambda x: jnp.cumsum(x, 1) - x.mean(0) + jax.lax.reduce_precision(x, 8, 23),
 }  # fmt: skip
 

@@ -89,23 +89,32 @@ _SCATTERS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def wider(kind: Any, dtype: Any) -> Any:
+    """The type that takes the place of one of floats (dtype) or of complex numbers (their parts no narrower than dtype); others stay."""
+    return np.dtype(dtype) if floats(kind) else np.promote_types(kind, dtype) if jnp.issubdtype(kind, jnp.complexfloating) else kind
+
+
 def lifted(eqn: Any, given: Sequence[Any], dtype: Any) -> list[Any]:
-    """An equation with its floats in a wider type. Bits of floats, opaque calls and reductions by a jaxpr are computed in the program's own types."""
+    """An equation with its floats, and the parts of its complex numbers, in a wider type. Bits of floats, opaque calls and reductions by a jaxpr are computed in the program's own types."""
     name, params = eqn.primitive.name, eqn.params
     if name in _SCATTERS:  # what they do with an element is a jaxpr of the program's type
         kept = {k: params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
         return [_SCATTERS[name](*given, params["dimension_numbers"], **kept)]
     if name in OPAQUE or name == "bitcast_convert_type" or any(True for _ in jex.jaxprs_in_params(params)):
-        own = [jnp.asarray(x, v.aval.dtype) if floats(v.aval) else x for x, v in zip(given, eqn.invars, strict=True)]
-        return [jnp.asarray(out, dtype) if floats(v.aval) else out for out, v in zip(bind(eqn, own), eqn.outvars, strict=True)]
-    return bind(eqn, given, **{k: np.dtype(dtype) for k, v in params.items() if isinstance(v, np.dtype) and floats(v)})
+        own = [jnp.asarray(x, v.aval.dtype) if _inexact(v.aval) else x for x, v in zip(given, eqn.invars, strict=True)]
+        return [jnp.asarray(out, wider(v.aval.dtype, dtype)) if _inexact(v.aval) else out for out, v in zip(bind(eqn, own), eqn.outvars, strict=True)]
+    return bind(eqn, given, **{k: wider(v, dtype) for k, v in params.items() if isinstance(v, np.dtype)})
+
+
+def _inexact(aval: Any) -> bool:
+    return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
 
 
 class Float64:
     """Every float in float64, integers as they were; what a program rounds on purpose it does not round. Needs `jax.enable_x64`."""
 
     def enter(self, value: Any, aval: Any) -> Any:
-        return jnp.asarray(value, jnp.float64) if floats(aval) else value
+        return jnp.asarray(value, wider(aval.dtype, np.float64)) if _inexact(aval) else value
 
     def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
         return [given[0]] if eqn.primitive.name == "reduce_precision" else lifted(eqn, given, np.float64)
@@ -126,7 +135,7 @@ class Shadowed:
         self.wide = Float64()
 
     def enter(self, value: Any, aval: Any) -> Any:
-        if isinstance(value, Beside) or not jnp.issubdtype(aval.dtype, jnp.inexact):
+        if isinstance(value, Beside) or not _inexact(aval):
             return value
         return Beside(jnp.asarray(value, aval.dtype), self.wide.enter(value, aval))
 
@@ -140,7 +149,7 @@ class Shadowed:
             wide = [jnp.take_along_axis(wide[0], own[1], eqn.params.get("axis", -1)), own[1]]
         else:
             wide = self.wide.leaf(eqn, wide)
-        return [Beside(a, b) if jnp.issubdtype(v.aval.dtype, jnp.inexact) else a for a, b, v in zip(own, wide, eqn.outvars, strict=True)]
+        return [Beside(a, b) if _inexact(v.aval) else a for a, b, v in zip(own, wide, eqn.outvars, strict=True)]
 
 
 def _order(eqn: Any, given: Sequence[Any]) -> Any:
