@@ -1,13 +1,14 @@
 """check() over time: a recorded run that today's is held against, so that a new jaxlib or a change that moves cut and uncut together is seen.
 
-A baseline holds no arrays: of each output its statistics, a digest of what is whole, a sample of the floats; the errors against float64 of the outputs and of each
-stage, where a check told them; and the environment that made it.
+A baseline holds no arrays: of each output, and of what tokens are chosen from, its statistics, a digest of what is whole, a sample of the floats; the errors against float64 of the outputs
+and of each stage, where a check told them; and the environment that made it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from partition.errors import OutputError, told
 from partition.origin import versions
 from partition.outputs import write
 
-FORMAT = "partition baseline 2"
+FORMAT = "partition baseline 3"
 _SAMPLE = 64
 """Elements of each output that are recorded, evenly spread."""
 GROWTH = 2.0
@@ -31,8 +32,9 @@ GROWTH = 2.0
 
 
 def fingerprint() -> dict[str, str]:
-    """What may move numbers: versions, the processor, the threads."""
-    return dict(versions()) | {"machine": platform.machine(), "processor": _processor(), "devices": str(len(jax.devices("cpu")))}
+    """What may move numbers: versions, the processor, how many of it there are, the compiler's flags."""
+    own = {"machine": platform.machine(), "processor": _processor(), "processors": str(os.cpu_count()), "devices": str(len(jax.devices("cpu"))), "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    return dict(versions()) | own
 
 
 def _processor() -> str:
@@ -54,10 +56,11 @@ def errors(verdict: Any) -> dict[str, float]:
     return found
 
 
-def recorded(title: str, result: Any, *, reason: str, verdict: Any = None) -> dict[str, Any]:
-    """A result as a baseline; reason: why it is taken as right. verdict: of the check of the run, whose errors are kept."""
-    leaves = jax.tree_util.tree_flatten_with_path(result)[0]
-    return {"format": FORMAT, "title": title, "reason": reason, "environment": fingerprint(), "errors": {} if verdict is None else errors(verdict), "outputs": [_output(jax.tree_util.keystr(path) or "result", to_numpy(leaf)) for path, leaf in leaves]}
+def recorded(title: str, result: Any, *, reason: str, verdict: Any = None, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A result as a baseline; reason: why it is taken as right. verdict: of the check of the run, whose errors are kept. beside: values that are no outputs, by name, such as
+    `references.chosen_from` gives: tokens alone stay the same through much that moves all else."""
+    leaves = [(jax.tree_util.keystr(path) or "result", leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]]
+    return {"format": FORMAT, "title": title, "reason": reason, "environment": fingerprint(), "errors": {} if verdict is None else errors(verdict), "outputs": [_output(name, to_numpy(leaf)) for name, leaf in (*leaves, *(beside or {}).items())]}
 
 
 def _output(name: str, a: np.ndarray) -> dict[str, Any]:
@@ -72,9 +75,9 @@ def _output(name: str, a: np.ndarray) -> dict[str, Any]:
                    "most": float(np.abs(finite).max(initial=0.0)), "sample": [float(v) if np.isfinite(v) else None for v in x.ravel()[places]]}  # fmt: skip
 
 
-def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] | None = None, *, verdict: Any = None) -> tuple[list[str], list[str]]:
-    """(how a result moved beyond the budget, what of the environment is another) against a baseline; budget: dtype -> share of the rms, the tolerances of `distances` unless told. verdict: of today's check; its errors against float64 may be GROWTH times the recorded ones."""
-    today = recorded(str(baseline["title"]), result, reason="")
+def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] | None = None, *, verdict: Any = None, beside: Mapping[str, Any] | None = None) -> tuple[list[str], list[str]]:
+    """(how a result moved beyond the budget, what of the environment is another) against a baseline; budget: dtype -> share of the rms, the tolerances of `distances` unless told. verdict: of today's check; its errors against float64 may be GROWTH times the recorded ones. beside: as for `recorded`."""
+    today = recorded(str(baseline["title"]), result, reason="", beside=beside)
     moved, allowed = [], {**TOLERANCE, **(budget or {})}
     then, now = baseline["outputs"], today["outputs"]
     if [(o["name"], o["shape"], o["dtype"]) for o in then] != [(o["name"], o["shape"], o["dtype"]) for o in now]:

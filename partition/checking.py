@@ -32,7 +32,9 @@ from partition.errors import EquivalenceError, ExitCode, InfeasibleError, Partit
 from partition.workload import USUAL
 
 if TYPE_CHECKING:
+    from partition.execution import Runner
     from partition.pipeline import Plan
+    from partition.verdict import Verdict
 
 
 @app.command("check")
@@ -84,7 +86,7 @@ def check_command(
     verdict = dataclasses.replace(verdict, not_shown=(*verdict.not_shown, *unlike))
     if found:
         verdict = dataclasses.replace(verdict, target=numerics.summary(found))
-    drifted = _drift(f"{made.title}, seed {seed}", runner(*args), verdict, against, accept, budget) if against is not None and code is ExitCode.OK else []
+    drifted = _drift(f"{made.title} on {made.cluster} by {made.policy}, seed {seed}", runner, args, verdict, against, accept, budget) if against is not None and code is ExitCode.OK else []
     code = ExitCode.MISMATCH if drifted else code
     if accept is not None and code is not ExitCode.OK:
         print(f"nothing is recorded in {against}: the run is not equal", file=sys.stderr)
@@ -112,22 +114,27 @@ def on_first_that_holds(make: Callable[[str], tuple[Plan, tuple[Any, ...]]], clu
     return make(clusters[-1])
 
 
-def _drift(title: str, result: Any, verdict: Any, against: Path, accept: str | None, budget: float | None) -> list[str]:
+def _drift(title: str, runner: Runner, args: tuple[Any, ...], verdict: Verdict, against: Path, accept: str | None, budget: float | None) -> list[str]:
     """How a run drifted from a recorded one; empty where it did not, or was recorded anew."""
     from partition import baselines
     from partition.distances import TOLERANCE
+    from partition.execution import bound_inputs
+    from partition.references import chosen_from
 
-    if accept is not None or not against.exists():
-        if accept is None:
-            raise PartitionError("there is no recorded run yet", where=str(against), mend="record this one: --accept 'why it is right'")
-        baselines.save(baselines.recorded(title, result, reason=accept, verdict=verdict), against)
+    if accept is None and not against.exists():
+        raise PartitionError("there is no recorded run yet", where=str(against), mend="record this one: --accept 'why it is right'")
+    result, beside = runner(*args), chosen_from(runner, bound_inputs(runner.program, args))
+    if accept is not None:
+        baselines.save(baselines.recorded(title, result, reason=accept, verdict=verdict, beside=beside), against)
         print(f"recorded {against}: {accept}", file=sys.stderr)
         return []
     old = baselines.load(against)
     if old["title"] != title:
         raise PartitionError(f"the recorded run is of {old['title']}", where=f"{against}; this one is of {title}", mend="run the same again, or record this one: --accept 'why it is right'")
-    moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(TOLERANCE, budget), verdict=verdict)
-    if not moved:
-        print(f"no drift from {against}: {len(old['outputs'])} outputs and {len(old['errors'])} errors against float64 are as recorded ({old['reason']})", file=sys.stderr)
-        return []
-    return [f"DRIFTED from {against} ({old['title']}; taken as right because: {old['reason']})", *(f"  {m}" for m in moved), *(f"  since then {c}" for c in changed)]
+    moved, changed = baselines.drift(old, result, None if budget is None else dict.fromkeys(TOLERANCE, budget), verdict=verdict, beside=beside)
+    if moved:
+        return [f"DRIFTED from {against} ({old['title']}; taken as right because: {old['reason']})", *(f"  {m}" for m in moved), *(f"  since then {c}" for c in changed)]
+    held, floats = sum(name in old["errors"] for name in baselines.errors(verdict)), sum("rms" in o for o in old["outputs"])
+    print(f"no drift from {against} ({old['reason']}): {len(old['outputs'])} values within the budget, {held} errors against float64 at most {baselines.GROWTH:g} times the recorded"
+          + ("" if floats else "; whole numbers alone are recorded, what moves none of them is not seen"), file=sys.stderr)  # fmt: skip
+    return []

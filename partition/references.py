@@ -39,11 +39,19 @@ def _chosen(ops: Sequence[Op], program: Program) -> list[int]:
     return [t for t in read if "float" in tensors[t].dtype and tensors[t].role is Role.ACTIVATION and tensors[t].shape]
 
 
+def chosen_from(runner: Runner, loaded: Mapping[int, Any], trips: int = 2) -> dict[str, np.ndarray]:
+    """What the uncut program chooses tokens from, by name: at the top level, in the first trips of its token loop and in the last."""
+    wanted = logits(runner.program)
+    refs = References(runner, loaded, trips, more=frozenset(t for t, _ in wanted), enter=True)
+    found = {f"what tokens of {name} are chosen from" + (f", trip {trip}" if trip >= 0 else ""): refs.get((t, None), trip) for t, name in wanted for trip in (-1, *sorted(refs.inner)) if (t in refs.top) == (trip < 0)}
+    return {name: array for name, array in found.items() if array is not None}
+
+
 class References:
     """Values of the uncut program on one host device. runner: of the stages, whose compiler options are used here too; it keeps what is compiled for the next check. more: tensors that are
-    wanted beside those at stage boundaries; wide: in float64."""
+    wanted beside those at stage boundaries; wide: in float64; enter: into a token loop that no stage cuts, too."""
 
-    def __init__(self, runner: Runner, loaded: Mapping[int, Any], trips: int, *, more: frozenset[int] = frozenset(), wide: bool = False):
+    def __init__(self, runner: Runner, loaded: Mapping[int, Any], trips: int, *, more: frozenset[int] = frozenset(), wide: bool = False, enter: bool = False):
         self.runner, self.stages, self.program, self.loaded = runner, runner.stages, runner.program, loaded
         self.lowered = self.program.entry.lowered
         self.options = runner.options
@@ -51,7 +59,7 @@ class References:
         self.given = {t: v if np.ndim(v) else np.asarray(v, self.lowered.avals[t].dtype) for t, v in self.lowered.values.items()}
         self.top: dict[int, Any] = {}
         self.inner: dict[int, dict[int, Any]] = {}  # of the first trips and the last
-        self._compute()
+        self._compute(enter)
 
     def get(self, value: Value, trip: int) -> np.ndarray | None:
         """The reference of a value, None where the uncut program has no such value (a carry between ranges of a scan)."""
@@ -83,7 +91,7 @@ class References:
 
         return call
 
-    def _compute(self) -> None:
+    def _compute(self, enter: bool) -> None:
         graph = self.program.graph
         values = self.more | {v[0] for s in self.stages.all for v in (*s.inputs, *s.outputs)}
         loop_op = self.stages.problem.phases.token_loop if self.stages.problem.phases else None
@@ -92,8 +100,7 @@ class References:
         top = [t for op in graph.ops for t in op.outputs if t in values | entering | set(graph.outputs)]
         self.top = self.compiled([(op, None) for op in graph.ops], top)(known)
         known.update(self.top)
-        cut_loop = any(s.region != "top" for s in self.stages.all)
-        if loop_op is None or loop_op.loop is None or not cut_loop:
+        if loop_op is None or loop_op.loop is None or not (enter or any(s.region != "top" for s in self.stages.all)):
             return
         loop, own = loop_op.loop, loop_op.inputs[loop_op.loop.cond_consts :]
         inside = dict(zip(loop.body.inputs, own, strict=True))

@@ -67,3 +67,29 @@ def test_errors_against_float64_may_not_grow() -> None:
     old["errors"][name] = found[name] / 3
     moved, _ = baselines.drift(old, result, verdict=verdict)
     assert len(moved) == 1 and moved[0].startswith(f"{name}: its rms error against float64 is")
+
+
+@pytest.mark.parametrize("change", [{"norm_eps": 1e-3}, {"rope_theta": 4e5}], ids=["the norm's epsilon", "the base of the positions"])
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_what_moves_cut_and_uncut_together_is_seen_where_no_token_moves(loop: str, change: dict[str, float]) -> None:
+    import dataclasses
+
+    import partition as pt
+    from models import llama
+    from partition.execution import bound_inputs, prepare
+    from partition.references import chosen_from
+
+    def ran(config: Any) -> tuple[Any, Any]:
+        fn, args = llama.generation(config, batch=1, prompt=16, new_tokens=4, seed=0, loop=loop)
+        problem = pt.pose(pt.tag(pt.trace(fn, *args)), pt.cluster("trn2_efa_cs3"), trips=3)
+        runner = prepare(pt.cut(problem.phases.program, pt.place(problem, "phase_split")))  # type: ignore[union-attr]
+        return runner(*args), chosen_from(runner, bound_inputs(runner.program, args))
+
+    result, beside = ran(llama.CONFIGS["tiny"])
+    assert list(beside) == ["what tokens of the top level are chosen from", *(f"what tokens of the token loop are chosen from, trip {n}" for n in (0, 1, 2))]
+    old = json.loads(json.dumps(baselines.recorded("tiny", result, reason="x", beside=beside)))
+    assert baselines.drift(old, result, beside=beside) == ([], [])
+    other, moved = ran(dataclasses.replace(llama.CONFIGS["tiny"], **change))  # type: ignore[arg-type]
+    assert (other == result).all(), "a token moved: the change says nothing of what is recorded beside"
+    said, _ = baselines.drift(old, other, beside=moved)
+    assert len(said) == 4 and all("are chosen from" in line and "of the rms, the budget is 1e-05" in line for line in said)
