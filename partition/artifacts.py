@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition import _jax
+from partition._jax.likeness import identity
 from partition.arguments import checked
 from partition.dispatch import Arrays, Machine, Walk, transfers
 from partition.errors import ExecutionError, OutputError, told
@@ -92,8 +93,7 @@ def _touched(plan: LoopPlan) -> set[int]:
 def _stage(stages: Stages, stage: Stage, folder: Path, files: dict[str, str]) -> dict[str, Any]:
     from jax import export as jax_export
 
-    text = hashlib.sha256(str(_jax.body_of(stage.jaxpr)).encode()).hexdigest()[:16]
-    name = f"stage-{text}.bin"
+    name = f"stage-{identity(stage.jaxpr)[:16]}.bin"
     if name not in files:
         avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in _jax.body_of(stage.jaxpr).invars]
         try:

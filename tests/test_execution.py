@@ -127,3 +127,37 @@ def test_loops_of_rare_forms_run_cut_and_exported(fn: Any, tmp_path: Any) -> Non
     artifacts.export(stages, tmp_path / "out", *args)
     for a, b in zip(made, artifacts.load(tmp_path / "out").run(), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-6)
+
+
+def _scans(k: float) -> Any:
+    w = jnp.asarray(np.eye(4, dtype=np.float32) * k)
+    inner = jax.jit(lambda x: x @ w)  # a layer that closes over its weights
+    return lambda x: jax.lax.scan(lambda c, _: (inner(c), None), x, None, length=2)[0]
+
+
+def _whiles(k: float) -> Any:
+    w = jnp.asarray(np.eye(4, dtype=np.float32) * k)
+    inner = jax.jit(lambda x: x @ w)
+    return lambda x: jax.lax.fori_loop(0, 2, lambda _, c: inner(c), x)
+
+
+def _conds(k: float) -> Any:
+    w = jnp.asarray(np.eye(4, dtype=np.float32) * k)
+    return lambda x: jax.lax.cond(x.sum() > 0, jax.jit(lambda x: x @ w), lambda x: x, x)
+
+
+def _calls(k: float) -> Any:
+    return lambda x: jax.pure_callback(lambda v: (np.asarray(v) * k).astype(np.float32), jax.ShapeDtypeStruct((2, 4), np.float32), x)
+
+
+@pytest.mark.parametrize("made_of", [_scans, _whiles, _conds, _calls])
+def test_stages_that_print_alike_are_compiled_and_exported_apart(made_of: Any, tmp_path: Any) -> None:
+    first, second, third = made_of(0.5), made_of(3), made_of(3)
+    x = np.ones((2, 4), np.float32)
+    problem = pt.pose(pt.tag(pt.trace(lambda x: third(jnp.sin(second(jnp.sin(first(x))))), x)), pt.cluster("trn2_efa_cs3"), level="op", trips=2)
+    stages = cut(problem.phases.program, problem.placement([int(all(op.primitive == "sin" for op, _ in block.items)) for block in problem.blocks]))  # type: ignore[union-attr]
+    runner = prepare(stages)
+    assert len(stages.all) == 5 and runner.unique == 3 + (made_of is _calls)  # the sines are one, the last two loops are; two functions never are
+    assert pt.check(stages, x, runner=runner).bitwise
+    if made_of is not _calls:  # which only this process can run
+        assert np.array_equal(artifacts.load(artifacts.export(stages, tmp_path / "e", x)).run()[0], uncut(stages.program)(x))
