@@ -65,6 +65,10 @@ def check(
     try:
         runner = runner or prepare(stages, strict=strict)
         result, record = runner.run(loaded, keep=trips)
+        planned = stages.problem.workload.trips
+        ran = planned if record.trips is None else record.trips
+        if ran != planned and ran > trips:  # which trip is the last of a loop that ends by itself, is known when it has
+            result, record = runner.run(loaded, keep=trips, last=ran - 1)
     except PartitionError:
         raise
     except Exception as error:
@@ -72,12 +76,12 @@ def check(
         raise refused(_unrun(stages, where or told(error)), f"the stages cannot be run: {told(error)}", where=where or f"{len(stages.all)} stages", mend="look at the op named" if where else "report it: the steps are those of the placement") from error
     reference = _uncut(runner, runner.strict)(*args)
     chosen = logits(program)
-    refs = References(runner, loaded, trips, more=frozenset(t for t, _ in chosen))
+    refs = References(runner, loaded, trips, more=frozenset(t for t, _ in chosen), ran=ran)
     outputs = compared(reference, result, tolerance)
     kept, misread = _kept(stages, record, refs), divergence.misread(stages)
     boundaries = tuple(compare(k.name, k.reference, k.array, tolerance) for k in kept)
     culprit = misread
-    truth = functools.cache(lambda: References(runner, loaded, trips, wide=True))
+    truth = functools.cache(lambda: References(runner, loaded, trips, wide=True, ran=ran))
     if culprit is None and tolerance is None and not all(d.equal for d in (*outputs, *boundaries)):
         ours, theirs = (jax.tree_util.tree_leaves(x) for x in (reference, result))
         rough, size = roughest(program), largest((*loaded.values(), reference))
@@ -88,11 +92,11 @@ def check(
     equal = all(d.equal for d in outputs) and culprit is None
     before = {s.id for s in itertools.takewhile(lambda s: isinstance(s, Stage), stages.steps) if isinstance(s, Stage)}
     seen = any(not d.equal and (k.trip < trips if k.trip >= 0 else k.stage in before) for d, k in zip(boundaries, kept, strict=True))
-    longer = stages.problem.workload.trips if any(s.region == "body" for s in stages.all) else 0
+    longer = ran if any(s.region == "body" for s in stages.all) else 0
     if not equal and not seen and trips + 1 < longer and misread is None:  # it diverges later than was looked
         return check(stages, *args, tolerance=tolerance, trips=longer, oracle=oracle, runner=runner)
     right, sharding = _reasons(args, reference, runner, outputs, boundaries, tolerance, equal=equal)
-    tie, broken = _tie(args, reference, result, outputs, record, runner, loaded) if not equal and misread is None and tolerance is None else (None, None)
+    tie, broken = _tie(args, reference, result, outputs, record, ran, runner, loaded) if not equal and misread is None and tolerance is None else (None, None)
     if tie is not None:
         equal, culprit, (right, sharding) = True, None, tie
     elif broken is not None and culprit is not None and divergence.AGREES in culprit:
@@ -109,7 +113,7 @@ def check(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=boundaries, culprit=culprit, cut=right, sharding=sharding, tie=tie is not None,
         tokens=() if bitwise and all(d.bitwise for d in boundaries) else _tokens(stages, record, refs, chosen),
         not_shown=_not_shown(stages) + numberless(outputs, reference) + _unseen(trips, longer) + (("nothing was cut: all of it is one stage; a policy such as random cuts it",) if len(stages.all) < 2 else ()), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
-        trips=record.trips, planned_trips=stages.problem.workload.trips, seconds=record.seconds,
+        trips=record.trips, planned_trips=planned, seconds=record.seconds,
         options=dict(runner.options),
     )  # fmt: skip
     hold_numbers(verdict, reference, args)
@@ -130,13 +134,13 @@ def _alone(runner: Runner, strict: bool) -> Runner:
     return runner.once(("alone", strict), lambda: prepare(runner.stages, strict=strict, alone=True))
 
 
-def _tie(args: tuple[Any, ...], reference: Any, result: Any, outputs: Sequence[Difference], record: Record, runner: Runner, loaded: Mapping[int, Any]) -> tuple[tuple[str, str] | None, str | None]:
+def _tie(args: tuple[Any, ...], reference: Any, result: Any, outputs: Sequence[Difference], record: Record, ran: int, runner: Runner, loaded: Mapping[int, Any]) -> tuple[tuple[str, str] | None, str | None]:
     """(what the first two questions are answered where only roundings tipped a choice, None where something else differs; the stage and op that differ, where one is found)."""
     said, broken, parted = None, None, False
     shared = any(mesh.size > 1 for mesh in runner.meshes.values())
     alone = compared(reference, _alone(runner, runner.strict)(*args), None) if shared else outputs
     with contextlib.suppress(Exception):  # a program whose ops do not run one by one is held to its numbers alone
-        said, broken = ties.tipped(runner, loaded, References(runner, loaded, runner.stages.problem.workload.trips), result, record)
+        said, broken = ties.tipped(runner, loaded, References(runner, loaded, ran, ran=ran), result, record)
         parted = said is not None and not (shared and all(d.equal for d in alone))
         if parted and (whole := ties.op_by_op(runner, loaded)) is None:
             said = None

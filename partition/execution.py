@@ -212,14 +212,14 @@ class Runner:
         """
         return bound_inputs(self.program, args)
 
-    def run(self, loaded: Mapping[int, Any], *, placed: Placed | None = None, keep: int = -1, beside: Callable[[Machine], Machine] = lambda machine: machine) -> tuple[Any, Record]:
+    def run(self, loaded: Mapping[int, Any], *, placed: Placed | None = None, keep: int = -1, last: int | None = None, beside: Callable[[Machine], Machine] = lambda machine: machine) -> tuple[Any, Record]:
         """Run a loaded request: (result, record).
 
         placed: where arrays of weights and inputs that lie on meshes are kept, to reuse in a run that is given the same ones. keep: keep the outputs of
-        every stage on the host, those inside the token loop for its first `keep` trips and the last that is planned (-1: keep nothing).
+        every stage on the host, those inside the token loop for its first `keep` trips and the last (-1: keep nothing); last: its number, that of the plan unless told.
         beside: a machine that is walked with in place of the one that computes, around it.
         """
-        machine = _Computer(self, loaded, {} if placed is None else placed, keep)
+        machine = _Computer(self, loaded, {} if placed is None else placed, keep, self.stages.problem.workload.trips - 1 if last is None else last)
         walk = Walk(self.stages, beside(machine))
         start = time.perf_counter()
         walk.run()
@@ -275,8 +275,8 @@ class HostArrays:
 class _Computer:
     """The machine that computes: compiled stages on host devices, `device_put` between them."""
 
-    def __init__(self, runner: Runner, loaded: Mapping[int, Any], placed: Placed, keep: int):
-        self.runner, self.loaded, self.placed, self.keep = runner, loaded, placed, keep
+    def __init__(self, runner: Runner, loaded: Mapping[int, Any], placed: Placed, keep: int, last: int):
+        self.runner, self.loaded, self.placed, self.keep, self.last = runner, loaded, placed, keep, last
         self.arrays: Arrays = HostArrays()
         self.moved: list[Moved] = []
         self.fits: dict[tuple[int, Value, int], tuple[Any, bool]] = {}  # the shardings are held, so that their ids stay theirs
@@ -296,7 +296,7 @@ class _Computer:
         return held[1]
 
     def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
-        keeps = self.keep >= 0 and (trip < self.keep or trip == self.runner.stages.problem.workload.trips - 1)
+        keeps = self.keep >= 0 and (trip < self.keep or trip == self.last)
         if keeps:
             pairs = zip(stage.inputs, arrays, strict=True)
             self.read.update(((stage.id, trip, v), _jax.to_numpy(a).copy()) for v, a in pairs if v[0] not in self.loaded)

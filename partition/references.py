@@ -49,13 +49,15 @@ def chosen_from(runner: Runner, loaded: Mapping[int, Any], trips: int = 2) -> di
 
 class References:
     """Values of the uncut program on one host device. runner: of the stages, whose compiler options are used here too; it keeps what is compiled for the next check. more: tensors that are
-    wanted beside those at stage boundaries; wide: in float64; enter: into a token loop that no stage cuts, too."""
+    wanted beside those at stage boundaries; wide: in float64; enter: into a token loop that no stage cuts, too; ran: how many trips it made, as planned
+    unless told."""
 
-    def __init__(self, runner: Runner, loaded: Mapping[int, Any], trips: int, *, more: frozenset[int] = frozenset(), wide: bool = False, enter: bool = False):
+    def __init__(self, runner: Runner, loaded: Mapping[int, Any], trips: int, *, more: frozenset[int] = frozenset(), wide: bool = False, enter: bool = False, ran: int | None = None):
         self.runner, self.stages, self.program, self.loaded = runner, runner.stages, runner.program, loaded
         self.lowered = self.program.entry.lowered
         self.options = runner.options
         self.trips, self.more, self.wide = trips, more, wide
+        self.ran = runner.stages.problem.workload.trips if ran is None else ran
         self.given = {t: v if np.ndim(v) else np.asarray(v, self.lowered.avals[t].dtype) for t, v in self.lowered.values.items()}
         self.top: dict[int, Any] = {}
         self.inner: dict[int, dict[int, Any]] = {}  # of the first trips and the last
@@ -109,12 +111,11 @@ class References:
         stacked = {t: state.pop(t) for t in loop.body.inputs[after:]}
         wanted = [t for op in loop.body.ops for t in op.outputs if t in values or t in loop.body.outputs]
         body = self.compiled([(op, None) for op in loop.body.ops], wanted)
-        planned = self.stages.problem.workload.trips
-        for trip in range(planned):
+        for trip in range(self.ran):
             row = trip if not loop.reverse else (loop.trips or 1) - 1 - trip
             rows = {t: jax.tree_util.tree_map(lambda a, row=row: a[row], whole) for t, whole in stacked.items()}
             made = body({**known, **state, **rows})
-            if trip < self.trips or trip == planned - 1:
+            if trip < self.trips or trip == self.ran - 1:
                 self.inner[trip] = {**state, **made}
             new = {t: made.get(o, {**known, **state, **rows}.get(o)) for t, o in zip(loop.body.inputs[loop.consts : after], loop.body.outputs, strict=False)}
             state = {**state, **new}
