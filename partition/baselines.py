@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from partition._jax import to_numpy
-from partition.distances import TOLERANCE
+from partition.distances import TOLERANCE, floating, parts
 from partition.errors import OutputError, told
 from partition.origin import versions
 from partition.outputs import write
@@ -67,12 +67,13 @@ def _output(name: str, a: np.ndarray) -> dict[str, Any]:
     flat = a.ravel()
     places = np.unique(np.linspace(0, max(flat.size - 1, 0), min(_SAMPLE, flat.size)).astype(int)) if flat.size else np.zeros(0, int)
     made: dict[str, Any] = {"name": name, "shape": list(a.shape), "dtype": str(a.dtype)}
-    if "float" not in str(a.dtype):
+    if not floating(str(a.dtype)):
         return made | {"sha256": hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest(), "sample": [int(x) for x in flat[places]]}
-    x = a.astype(np.float64)
+    x = parts(a).astype(np.float64)
     finite = x[np.isfinite(x)]
-    return made | {"invalid": int(x.size - finite.size), "mean": float(finite.mean()) if finite.size else 0.0, "rms": float(np.sqrt((finite**2).mean())) if finite.size else 0.0,
-                   "most": float(np.abs(finite).max(initial=0.0)), "sample": [float(v) if np.isfinite(v) else None for v in x.ravel()[places]]}  # fmt: skip
+    places = np.unique(np.linspace(0, x.size - 1, min(_SAMPLE, x.size)).astype(int)) if x.size else places
+    return made | {"invalid": {"NaN": int(np.isnan(x).sum()), "inf": int((x == np.inf).sum()), "-inf": int((x == -np.inf).sum())}, "mean": float(finite.mean()) if finite.size else 0.0, "rms": float(np.sqrt((finite**2).mean())) if finite.size else 0.0,
+                   "most": float(np.abs(finite).max(initial=0.0)), "sample": [float(v) if np.isfinite(v) else str(v) for v in x.ravel()[places]]}  # fmt: skip
 
 
 def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] | None = None, *, verdict: Any = None, beside: Mapping[str, Any] | None = None) -> tuple[list[str], list[str]]:
@@ -85,17 +86,18 @@ def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] 
     for old, new in zip(then, now, strict=True):
         if "sha256" in old:
             if old["sha256"] != new["sha256"]:
-                first = next((i for i, (a, b) in enumerate(zip(old["sample"], new["sample"], strict=True)) if a != b), None)
-                moved.append(f"{old['name']}: whole numbers (tokens) are others" + ("; every one that was recorded agrees" if first is None else f", of the recorded ones the {first + 1}. first: {new['sample'][first]}, not {old['sample'][first]}"))
+                first = next(((a, b) for a, b in zip(old["sample"], new["sample"], strict=True) if a != b), None)
+                moved.append(f"{old['name']}: whole numbers (tokens) are others, " + ("none of those that were recorded as such" if first is None else f"first {first[1]} in the place of {first[0]}"))
             continue
         most, unit = allowed.get(old["dtype"], 0.0), max(old["rms"], 1e-300)
         pairs = list(zip(old["sample"], new["sample"], strict=True))
-        ways = {"an element": max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0), "its mean": abs(old["mean"] - new["mean"]), "its rms": abs(old["rms"] - new["rms"])}
+        ways = {"an element": max((abs(a - b) for a, b in pairs if not isinstance(a, str) and not isinstance(b, str)), default=0.0), "its mean": abs(old["mean"] - new["mean"]), "its rms": abs(old["rms"] - new["rms"])}
         name = max(ways, key=lambda way: ways[way])
         if ways[name] > most * unit:
             moved.append(f"{old['name']}: {name} moved by {ways[name] / unit:.2g} of the rms, the budget is {most:g}")
-        if old["invalid"] != new["invalid"] or any((a is None) != (b is None) for a, b in pairs):
-            moved.append(f"{old['name']}: {new['invalid']} values are NaN or infinite, {old['invalid']} were")
+        if old["invalid"] != new["invalid"] or any(a != b for a, b in pairs if isinstance(a, str) or isinstance(b, str)):
+            now_are, were = (", ".join(f"{n} {kind}" for kind, n in o["invalid"].items()) for o in (new, old))
+            moved.append(f"{old['name']}: {now_are}" + (f"; there were {were}" if now_are != were else ", in other places than before"))
     for name, error in (errors(verdict) if verdict is not None else {}).items():
         if name in baseline.get("errors", {}) and error > GROWTH * (before := baseline["errors"][name]) + 1e-12:
             moved.append(f"{name}: its rms error against float64 is {error:.3g}, it was {before:.3g}")

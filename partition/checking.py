@@ -48,7 +48,7 @@ def check_command(
     sharding: Sharding = "search", sets: Sets = None, oracle: Annotated[bool, typer.Option("--oracle", help="hold both against float64, too")] = False,
     target: Annotated[bool, typer.Option("--target", help="what would the arithmetic of the devices do?")] = False,
     shrink: Annotated[bool, typer.Option("--shrink", help="check a sibling with small widths, cut at the same places as the whole model's plan")] = False,
-    wire: Annotated[Optional[list[str]], typer.Option("--wire", help="with --target: formats in which values may cross; bfloat16 and float8_e4m3 unless told")] = None,  # noqa: UP045
+    wire: Annotated[Optional[list[str]], typer.Option("--wire", help="with --target: formats in which values may cross; bfloat16 and the 8 bits of the device that sends unless told")] = None,  # noqa: UP045
     against: Annotated[Optional[Path], typer.Option("--against", help="a recorded run that the outputs may not drift from")] = None,  # noqa: UP045
     accept: Annotated[Optional[str], typer.Option("--accept", help="with --against: record this run anew, for this reason")] = None,  # noqa: UP045
     budget: Annotated[Optional[float], typer.Option("--budget", help="with --against: how far floats may move, as a share of their rms", min=0)] = None,  # noqa: UP045
@@ -69,7 +69,7 @@ def check_command(
             raise PartitionError("that is a folder", where=str(file), mend="name a file in it")
     writable(*(file.parent for file in (json_file, junit) if file is not None))
     sizes = sizes_of(model, USUAL | {"prompt": 16, "new_tokens": 8}, prompt=prompt, new_tokens=new_tokens, batch=batch)
-    made, args = on_first_that_holds(lambda c: make_plan(model, c, policy, objective, sizes, trips, seed=None if shrink else seed, sets=sets, sharding=sharding), (cluster,) if cluster else ("trn2_efa_cs3", "trn2_efa_4cs3"))
+    made, args = on_first_that_holds(lambda c: make_plan(model, c, policy, objective, sizes, trips, seed=None if shrink else seed, sets=sets, sharding=sharding, logits=bool(target or wire) and not shrink), (cluster,) if cluster else ("trn2_efa_cs3", "trn2_efa_4cs3"))
     with progress() as say:
         unlike: tuple[str, ...] = ()
         if shrink:
@@ -82,7 +82,7 @@ def check_command(
             verdict, code = equivalence.check(made.stages, *args, strict=not default_options, oracle=oracle or against is not None, runner=runner), ExitCode.OK
         except EquivalenceError as error:
             verdict, code = error.verdict, ExitCode.MISMATCH  # type: ignore[assignment]
-        found = numerics.effects(made.stages, *args, wires=wire or ("bfloat16", "float8_e4m3"), progress=say) if target or wire else ()
+        found = numerics.effects(made.stages, *args, wires=wire, progress=say) if target or wire else ()
     verdict = dataclasses.replace(verdict, not_shown=(*verdict.not_shown, *unlike))
     if found:
         verdict = dataclasses.replace(verdict, target=numerics.summary(found))

@@ -65,8 +65,8 @@ def sizes_of(model: str, usual: Mapping[str, int] = USUAL, **said: int | None) -
 
 def make_plan(model: str, cluster: str, policy: str, objective: str, sizes: Mapping[str, int], trips: int | None,
               seed: int | None = None, dump: Path | None = None, sets: Sequence[str] | None = None, sharding: Any = "search", costs: Path | None = None, limits: dict[str, float] | None = None,
-              keep: Sequence[str] | None = None) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
-    """Plan one request of a model by name; gives the plan and the arguments."""
+              keep: Sequence[str] | None = None, logits: bool = False) -> tuple[Plan, tuple[Any, ...]]:  # fmt: skip
+    """Plan one request of a model by name; gives the plan and the arguments. logits: let it give what it chooses tokens from, too."""
     from partition import measured, profiles
     from partition.pipeline import model_bytes, plan, request
     from partition.pipeline import policy as find_policy
@@ -79,7 +79,7 @@ def make_plan(model: str, cluster: str, policy: str, objective: str, sizes: Mapp
         host_devices(DEFAULT_HOST_DEVICES)  # before a model of the user's starts JAX
         if seed is not None and ":" not in model:
             hold_to_host(model, model_bytes(request(model, **sizes)[1]))
-        fn, args = request(model, **sizes, seed=seed)
+        fn, args = request(model, **sizes, seed=seed, **({"logits": True} if logits else {}))
         title = ", ".join([model, *(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())]) if ":" in model else f"{model}, batch {sizes['batch']}, prompt {sizes['prompt']} + {sizes['new_tokens']} tokens"
         made = plan(fn, args, cluster=machines, policy=policy, objective=SHORT.get(objective, objective), limits=limits, trips=trips, title=title, progress=say, dump=dump, sharding=sharding, keep=keep or (), costs=None if costs is None else measured.read(costs))
         return dataclasses.replace(made, request={"model": model, **sizes, "trips": trips, "sharding": sharding}), args

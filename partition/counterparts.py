@@ -111,9 +111,15 @@ def _reads_another(one: _Run, a: Op, other: _Run, b: Op, differs: Differs) -> st
     """What an op reads that is not what its counterpart reads, though no op computed it wrongly: a value in another one's place, or a stale one; empty where there is none."""
     for t, u in zip(a.inputs, b.inputs, strict=False):
         if one.graph.tensors[t].role is not Role.LITERAL and other.graph.tensors[u].role is not Role.LITERAL and (how := differs(one.value(t), other.value(u))):
-            want, got = (next((describe(run.program, op) for op in run.ops if tensor in op.outputs), "a value that entered") for run, tensor in ((one, t), (other, u)))
-            return f": it reads {got} in place of {want}, {how}"
+            want, got = (next((describe(run.program, op) for op in run.ops if tensor in op.outputs), _entered(run, tensor)) for run, tensor in ((one, t), (other, u)))
+            return f": it reads {got} in place of the reference's {want}, {how}"
     return ""
+
+
+def _entered(run: _Run, tensor: int) -> str:
+    """A value that no op here makes: an argument by its name, or what enters a body by its place."""
+    name = run.graph.tensors[tensor].name
+    return name or (f"input {run.graph.inputs.index(tensor)} of the body" if tensor in run.graph.inputs else "constant")
 
 
 def _other_choice(one: _Run, other: _Run) -> str | None:
@@ -154,6 +160,8 @@ def _in_step(one: _Run, other: _Run, pairs: Mapping[int, int], known: Sequence[n
         if said_so := _reads_another(one, one.ops[pairs[n]], other, op, differs):
             return f"{describe(other.program, op)}{said_so}"
         want, got = one.eqn(pairs[n]), other.eqn(n)
+        if other_way := [key for key in ("reverse", "length") if want.params.get(key) != got.params.get(key)]:
+            return f"{describe(other.program, op)}: the candidate's op has {other_way[0]} = {got.params.get(other_way[0])}, not {want.params.get(other_way[0])}"
         inner = within(want, got, one.environment(), None, differs, theirs=True)
         if (not inner or inner.startswith(OTHERS)) and (parted := _inside(one, pairs[n], other, n, differs)):
             return f"{describe(other.program, op)}, inside it {parted}"
@@ -198,7 +206,8 @@ def _telling(run: _Run, op: Op) -> list[np.ndarray]:
 
 def _among(array: np.ndarray, known: Sequence[np.ndarray]) -> bool:
     """Whether a value is one of those known, or a block of one."""
-    return any(compare("it", part.astype(array.dtype), array.reshape(part.shape)).equal for other in known for part in _blocks(other, array))
+    alike = (other for other in known if np.iscomplexobj(other) == np.iscomplexobj(array))
+    return any(compare("it", part.astype(array.dtype), array.reshape(part.shape)).equal for other in alike for part in _blocks(other, array))
 
 
 def _blocks(whole: np.ndarray, like: np.ndarray) -> Iterator[np.ndarray]:

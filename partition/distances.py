@@ -108,8 +108,9 @@ def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, f
     """Compare two arrays: shapes and dtypes, then NaN and infinity, then values."""
     a, b = _jax.to_numpy(reference), _jax.to_numpy(candidate)
     dtype, shape = str(a.dtype), tuple(a.shape)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return Difference(name=name, other=f"{b.dtype}{list(b.shape)}", shape=shape, dtype=dtype, bitwise=False, invalid=0, max_abs=np.inf,
+    one, other = (str(v.dtype) if hasattr(v, "dtype") and _jax.is_key(v) else str(words.dtype) for v, words in ((reference, a), (candidate, b)))  # a key is no array of its words
+    if a.shape != b.shape or one != other:
+        return Difference(name=name, other=f"{other}{list(b.shape)}", shape=shape, dtype=one, bitwise=False, invalid=0, max_abs=np.inf,
                           relative=np.inf, max_ulp=0, wrong=max(a.size, 1), bound=0.0, equal=False)  # fmt: skip
     bound = {**TOLERANCE, **(tolerance or {})}.get(dtype, 0.0)
     bitwise = a.tobytes() == b.tobytes()

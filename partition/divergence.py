@@ -7,6 +7,7 @@ inside it, trip by trip.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,17 +18,19 @@ import numpy as np
 from partition import _jax
 from partition._jax.bodies import environment, expose, inside
 from partition._jax.likeness import unlike
+from partition.dispatch import Machine
 from partition.distances import compare
 from partition.execution import Record
-from partition.graph import Op, writes
+from partition.graph import Op, Value, writes
 from partition.program import Program
-from partition.references import References
+from partition.references import References, argument
 from partition.stages import LoopPlan, Stage, Stages, cut
 
 Differs = Callable[[Any, Any], str]
 """(reference, candidate) -> how they differ beyond the bound; empty where they do not."""
 
-AGREES = "every equation agrees on its own: the divergence comes from how the stage was compiled or sharded"
+COMPILED = "the divergence comes from how the stage was compiled or sharded"
+AGREES = f"every equation agrees on its own: {COMPILED}"
 OTHERS = "there are other equations than the program's"
 FAITHFUL = 64.0
 """Roundings, as a share of scale, by which a stage may differ from its own equations on one device."""
@@ -49,9 +52,28 @@ def culprit(stages: Stages, record: Record, refs: References, differs: Differs) 
             got, reference = record.kept.get((stage_id, trip, v)), refs.get(v, trip)
             if got is not None and reference is not None and differs(reference, got):
                 said = _first_op(stages, stage, record, refs, trip, differs)
-                found = _unfaithful(stages, record, refs, order[: order.index((stage_id, trip)) + 1]) if said == AGREES else None
+                found = (_misplaced(refs) or _unfaithful(stages, record, refs, order[: order.index((stage_id, trip)) + 1])) if said == AGREES else None
                 return found or f"{at}: {said}"
     return None
+
+
+def _misplaced(refs: References) -> str | None:
+    """The first weight, argument or constant that lies on a mesh otherwise than it was given; None where all are as they were. It is found in a run of its own."""
+    runner, found = refs.runner, list[str]()
+
+    def watched(machine: Machine) -> Any:
+        def given(value: Value, mesh: int) -> Any:
+            array = machine.given(value, mesh)
+            d = None if found else compare("it", argument(runner, refs.loaded, value), _jax.to_numpy(array))
+            if d is not None and not d.bitwise:
+                tensor = runner.tensors[value[0]]
+                found.append(f"{tensor.role.value} {tensor.name or value[0]} arrives wrong on {refs.stages.problem.meshes[mesh]}, {d}")
+            return array
+
+        return types.SimpleNamespace(arrays=machine.arrays, given=given, compute=machine.compute, move=machine.move, stack=machine.stack, settle=machine.settle)
+
+    runner.run(refs.loaded, beside=watched)
+    return found[0] if found else None
 
 
 def _unfaithful(stages: Stages, record: Record, refs: References, order: Sequence[tuple[int, int]]) -> str | None:
@@ -65,7 +87,7 @@ def _unfaithful(stages: Stages, record: Record, refs: References, order: Sequenc
         for v, want in zip(stage.outputs, compiled[stage_id](*_read(stages, stage, record, refs, trip)), strict=True):
             got, want = record.kept.get((stage_id, trip, v)), _jax.to_numpy(want)
             if got is not None and (d := compare("it", want, got)).relative > (FAITHFUL * float(jnp.finfo(want.dtype).eps) if jnp.issubdtype(want.dtype, jnp.inexact) else 0.0):  # type: ignore[no-untyped-call]
-                return f"stage {stage_id} on {stages.problem.meshes[stage.mesh]}" + (f", trip {trip}" if trip >= 0 else "") + f": what it made is not what its equations give from what it read: {AGREES.partition(': ')[2]}; tensor {v[0]}, {d}"
+                return f"stage {stage_id} on {stages.problem.meshes[stage.mesh]}" + (f", trip {trip}" if trip >= 0 else "") + f": what it made is not what its equations give from what it read: {COMPILED}; tensor {v[0]}, {d}"
     return None
 
 

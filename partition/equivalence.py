@@ -99,7 +99,7 @@ def check(
     tie, broken = _tie(args, reference, result, outputs, record, ran, runner, loaded) if not equal and misread is None and tolerance is None else (None, None)
     if tie is not None:
         equal, culprit, (right, sharding) = True, None, tie
-    elif broken is not None and culprit is not None and divergence.AGREES in culprit:
+    elif broken is not None and culprit is not None and divergence.COMPILED in culprit:
         culprit = broken  # op by op on the mesh
     bitwise = equal and all(d.bitwise for d in outputs)
     if oracle:
@@ -112,7 +112,7 @@ def check(
     verdict = Verdict(
         equal=equal, bitwise=bitwise, outputs=outputs, boundaries=boundaries, culprit=culprit, cut=right, sharding=sharding, tie=tie is not None,
         tokens=() if bitwise and all(d.bitwise for d in boundaries) else _tokens(stages, record, refs, chosen),
-        not_shown=_not_shown(stages) + numberless(outputs, reference) + _unseen(trips, longer) + (("nothing was cut: all of it is one stage; a policy such as random cuts it",) if len(stages.all) < 2 else ()), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
+        not_shown=_not_shown(stages) + numberless(outputs, reference) + _unseen(trips, longer), stages=len(stages.all), moved_bytes=sum(m.nbytes for m in record.moved), planned_bytes=int(sum(t.nbytes * t.times for t in transfers(stages))),
         trips=record.trips, planned_trips=planned, seconds=record.seconds,
         options=dict(runner.options),
     )  # fmt: skip
@@ -120,7 +120,7 @@ def check(
     if not equal and (fickle := divergence.fickle(program, [loaded[t] for t in program.graph.inputs])) is not None:
         raise changing(verdict, "the model", fickle)
     if not equal:
-        raise refused(verdict, "cut and uncut program differ", where=culprit or "; ".join(str(d) for d in outputs if not d.equal), mend="look at the op named: its stage, its sharding, or the value that reached it")
+        raise refused(verdict, "cut and uncut program differ", where=culprit or "; ".join(str(d) for d in outputs if not d.equal), mend="look at the op named: its stage, its sharding, or the value that reached it" if culprit else "no value at a boundary differs: look at how outputs and the results of loops are put together")
     return verdict
 
 
@@ -212,11 +212,13 @@ def _tokens(stages: Stages, record: Record, refs: References, chosen: tuple[tupl
 
 
 def _not_shown(stages: Stages) -> tuple[str, ...]:
-    cluster = stages.problem.cluster
+    cluster, lost = stages.problem.cluster, stages.program.lost
     assert cluster is not None
     used = sorted({s.mesh for s in stages.all})
-    return tuple(f"{m.name}: {m.stand_in} host devices stand for {m.count}; shardings {m.count} ways are not run"
-                 for m in (cluster.meshes[i] for i in used) if m.stand_in != m.count)  # fmt: skip
+    unlike = tuple(f"{m.name}: {m.stand_in} host devices stand for {m.count}; shardings {m.count} ways are not run"
+                   for m in (cluster.meshes[i] for i in used) if m.stand_in != m.count)  # fmt: skip
+    whole = ("nothing was cut: all of it is one stage",) if len(stages.all) == 1 else () if stages.all else ("nothing was cut: nothing is computed",)
+    return unlike + whole + ((f"what the call writes into {', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''}: let it return that too",) if lost else ())
 
 
 def _unseen(trips: int, all_trips: int) -> tuple[str, ...]:

@@ -335,6 +335,8 @@ def bound_inputs(program: Program, args: tuple[Any, ...]) -> dict[int, Any]:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ExecutionError(f"argument {tensors[t].name} is a shape without numbers", where=entry.name,
                                  mend="running needs arrays: make the model with weights (a seed or a checkpoint)")  # fmt: skip
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ExecutionError(f"argument {tensors[t].name} was donated to another call, its memory is gone", where=entry.name, mend="give a copy to that call, or to this one")
         if np.shape(leaf) != aval.shape or jnp.result_type(leaf) != aval.dtype:
             raise ExecutionError(f"argument {tensors[t].name} is {jnp.result_type(leaf)}{list(np.shape(leaf))}, the trace has {aval.dtype}{list(aval.shape)}",
                                  where=entry.name, mend="pass arguments of the traced shapes, or trace again")  # fmt: skip

@@ -38,14 +38,14 @@ class Effect:
     perplexity: float | None = None
 
 
-def effects(stages: Stages, *args: Any, wires: Sequence[str] = ("bfloat16", "float8_e4m3"), text: np.ndarray | None = None, progress: Callable[[str], None] | None = None) -> tuple[Effect, ...]:
+def effects(stages: Stages, *args: Any, wires: Sequence[str] | None = None, text: np.ndarray | None = None, progress: Callable[[str], None] | None = None) -> tuple[Effect, ...]:
     """Run the stages as the program says, then in the arithmetic of their devices by phase, then with narrower wires.
 
-    The first effect is the program's own. text: int [batch, n] that the program was made to read, for outputs that are its logits [batch, n, vocabulary]. Raises NameUnknownError for a wire format, ExecutionError where no device's profile has a precision.
+    The first effect is the program's own. wires: bfloat16 and the 8 bits of the device that sends unless told. text: int [batch, n] that the program was made to read, for outputs that are its logits [batch, n, vocabulary]. Raises NameUnknownError for a wire format, ExecutionError where no device's profile has a precision.
     """
     cluster = stages.problem.cluster
     assert cluster is not None
-    if wrong := [w for w in wires if w not in WIRES]:
+    if wrong := [w for w in wires or () if w not in WIRES]:
         raise NameUnknownError.among("wire format", wrong[0], WIRES)
     said = {s.id: p for s in stages.all if (p := cluster.meshes[s.mesh].device.precision) is not None}
     if not said:
@@ -58,6 +58,8 @@ def effects(stages: Stages, *args: Any, wires: Sequence[str] = ("bfloat16", "flo
             ways[f"{name} as {' and '.join(kinds)} compute{'s' * (len(kinds) == 1)}"] = Target(stages={i: p for i, p in said.items() if phase[i] == name})
     if len(ways) > 1:
         ways["all of it"] = Target(stages=said)
+    if wires is None:
+        wires = ("bfloat16", said[min(said)].float8)
     if len({s.mesh for s in stages.all}) > 1:
         ways |= {f"what crosses in {w}": Target(stages={}, wire=w) for w in wires}
     base, crossed = _run(stages, args, None, progress, "as the program says")
@@ -109,7 +111,9 @@ def effects_text(found: Sequence[Effect]) -> str:
     """The effects as a table."""
     lines = [(e.name, f"{100 * e.agree:.1f} %", "-" if e.first is None else str(list(e.first)), "-" if e.rms is None else f"{e.rms:.2g}", *(("-", "-") if e.logits is None else (f"{e.logits.kl[0]:.2g}", f"{100 * e.logits.top1:.1f} %")),
               "-" if e.perplexity is None else f"{e.perplexity:.4f}", f"{e.crossed:,}") for e in found]  # fmt: skip
-    return table("What the target's arithmetic would do", ("arithmetic", "tokens kept", "first other", "change of floats", "KL of logits", "likeliest kept", "perplexity", "B crossed"), lines)
+    heads = ("arithmetic", "tokens kept", "first other", "change of floats", "KL of logits", "likeliest kept", "perplexity", "B crossed")
+    told = [n for n in range(len(heads)) if any(line[n] != "-" for line in lines)]
+    return table("What the target's arithmetic would do", [heads[n] for n in told], [[line[n] for n in told] for line in lines])
 
 
 def summary(found: Sequence[Effect]) -> str:

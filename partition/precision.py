@@ -1,7 +1,7 @@
 """What the target's arithmetic would do to a model: stages computed in the formats of the devices that they are planned for.
 
 Every equation is computed in float32. Operands of contractions are rounded to what the device multiplies, products are summed as it sums them, and results that the
-program keeps in 16 bits or fewer are kept in the device's format. What the program computes in float32 stays so: the devices have it, and the square in a norm needs it.
+program keeps in 16 bits or fewer are kept in the device's format, E4M3 in the range that it has there. What the program computes in float32 stays so: the devices have it, and the square in a norm needs it.
 What crosses may be cast to a narrower format on the wire. Order inside a sum is not emulated.
 """
 
@@ -90,6 +90,8 @@ class Emulated:
         """A result as the device keeps it."""
         if aval.dtype.itemsize >= 4:
             return x
+        if self.precision.result == "program" and str(aval.dtype).startswith("float8_e4m3"):
+            return rounded(x, self.precision.float8)
         return x.astype(aval.dtype).astype(jnp.float32) if self.precision.result == "program" else rounded(x, self.precision.result)
 
 

@@ -49,6 +49,7 @@ class Program:
 
     Of separate prefill and decode callables: `args` are the leaves that the joined request takes, joint is how it was joined.
     sizes: of a program traced with symbols in its shapes, the numbers that stand in for them in its graph; `at` gives it others.
+    lost: leaves of arguments that the call writes and does not return, such as the variables of a module: they are not in the graph.
     """
 
     fn: Callable[..., Any] = dataclasses.field(repr=False)
@@ -57,6 +58,7 @@ class Program:
     args: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
     joint: Joint | None = dataclasses.field(default=None, repr=False)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lost: tuple[str, ...] = ()
     again: Callable[[Mapping[str, int]], Program] | None = dataclasses.field(default=None, repr=False)
 
     def at(self, **sizes: int) -> Program:
@@ -180,7 +182,7 @@ def trace(
     leaves, in_tree = jax.tree_util.tree_flatten_with_path(args)
     start = time.perf_counter()
     try:
-        jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+        jaxpr, out = jax.make_jaxpr(functools.partial(_watched, fn, lost := list[str]()), return_shape=True)(*args)
     except Exception as error:
         raise TraceError(
             f"{called} cannot be traced: {told(error)}", where=written_at(error),
@@ -206,7 +208,16 @@ def trace(
         name=called, jaxpr=jaxpr, lowered=lowered, in_tree=in_tree, out_tree=jax.tree_util.tree_structure(out),
         in_avals=tuple(_jax.body_of(jaxpr).invars[i].aval for i in range(len(leaves))),
     )  # fmt: skip
-    return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint, sizes=sizes, again=again if symbolic else None)
+    return Program(fn=fn, entries=(entry,), seconds=seconds, args=() if joint is None else joint.args, joint=joint, sizes=sizes, lost=tuple(lost), again=again if symbolic else None)
+
+
+def _watched(fn: Callable[..., Any], lost: list[str], *args: Any) -> Any:
+    """A call that notes which leaves of its arguments it writes and does not return, as a module's call may in its variables."""
+    before = {id(leaf) for leaf in jax.tree_util.tree_leaves(args)}
+    out = fn(*args)
+    kept = before | {id(leaf) for leaf in jax.tree_util.tree_leaves(out)}
+    lost[:] = [_leaf_name(path, path[0].idx) for path, leaf in jax.tree_util.tree_leaves_with_path(args) if id(leaf) not in kept]
+    return out
 
 
 def sized(program: Program, sizes: Mapping[str, Any]) -> Program:

@@ -47,6 +47,14 @@ def chosen_from(runner: Runner, loaded: Mapping[int, Any], trips: int = 2) -> di
     return {name: array for name, array in found.items() if array is not None}
 
 
+def argument(runner: Runner, loaded: Mapping[int, Any], value: Value) -> np.ndarray:
+    """An argument, a weight or a constant on the host, or its rows."""
+    t, span = value
+    whole, aval = _jax.to_numpy(loaded[t] if t in loaded else runner.lowered.values[t]), runner.lowered.avals[t]
+    array = whole if _jax.is_key(aval) else whole.astype(aval.dtype, copy=False)
+    return array if span is None else array[span[0] : span[1]]
+
+
 class References:
     """Values of the uncut program on one host device. runner: of the stages, whose compiler options are used here too; it keeps what is compiled for the next check. more: tensors that are
     wanted beside those at stage boundaries; wide: in float64; enter: into a token loop that no stage cuts, too; ran: how many trips it made, as planned

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from partition import _jax
 from partition._jax.bodies import environment, expose, inside, kept, one_by_one, stepped
@@ -24,7 +23,7 @@ from partition.distances import compare, floating, near
 from partition.divergence import describe
 from partition.execution import Record, Runner
 from partition.graph import Role, Value
-from partition.references import References
+from partition.references import References, argument
 from partition.stages import Stage
 from partition.wiring import Wiring
 
@@ -70,7 +69,7 @@ class _OpByOp:
         self.jaxprs = {s.id: unconstrained(s.jaxpr) for s in runner.stages.all}
 
     def given(self, value: Value, mesh: int) -> Any:
-        return _jax.from_numpy(_argument(self.runner, self.loaded, value), self.runner.lowered.avals[value[0]])
+        return _jax.from_numpy(argument(self.runner, self.loaded, value), self.runner.lowered.avals[value[0]])
 
     def compute(self, stage: Stage, arrays: Sequence[Any], trip: int) -> Sequence[Any]:
         return one_by_one(self.jaxprs[stage.id], arrays)
@@ -80,14 +79,6 @@ class _OpByOp:
 
     def settle(self, array: Any, value: Value, mesh: int) -> Any:
         return array
-
-
-def _argument(runner: Runner, loaded: Mapping[int, Any], value: Value) -> np.ndarray:
-    """An argument, a weight or a constant on the host."""
-    t, span = value
-    whole, aval = _jax.to_numpy(loaded[t] if t in loaded else runner.lowered.values[t]), runner.lowered.avals[t]
-    array = whole if _jax.is_key(aval) else whole.astype(aval.dtype, copy=False)
-    return array if span is None else array[span[0] : span[1]]
 
 
 class _BrokenError(Exception):
@@ -168,7 +159,7 @@ class _Witness:
         self.machine, self.runner, self.refs, self.record = machine, runner, refs, record
         self.arrays, self.given, self.move, self.stack, self.settle = machine.arrays, machine.given, machine.move, machine.stack, machine.settle
         phases = runner.stages.problem.phases
-        self.wiring = Wiring(runner.program, phases.token_loop if phases else None, runner.stages.problem.workload.trips, functools.partial(_argument, runner, loaded))
+        self.wiring = Wiring(runner.program, phases.token_loop if phases else None, runner.stages.problem.workload.trips, functools.partial(argument, runner, loaded))
         self.weights: dict[tuple[Value, int], Any] = {}  # what was held once, and is read in every trip
         self.choice: str | None = None
         self.own = _Ways(_jax.as_function, runner.options)

@@ -124,6 +124,16 @@ def test_profiles_say_their_arithmetic() -> None:
     assert cs3 is not None and (cs3.multiply, cs3.accumulate, cs3.result) == ("float16", "float32", "float16") and cs3.source
 
 
+@pytest.mark.parametrize(("name", "holds"), [("trn1", False), ("trn2", False), ("trn3", True)])
+def test_eight_bits_reach_as_far_as_the_device_has_them(name: str, holds: bool) -> None:
+    """E4M3 ends at 240 on Trainium 1 and 2 and at 448 on 3: 300 rounds to 288 where there are such numbers."""
+    said = profiles.device(name).precision
+    assert said is not None
+    x = np.array([1.0, 240.0, 300.0], np.float32)
+    made = targeted(jax.make_jaxpr(lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32))(x), said)(x)[0]
+    assert np.array_equal(made, [1, 240, 288] if holds else [1, 240, np.inf])
+
+
 def test_a_target_leaves_other_stages_alone() -> None:
     stages, args = staged()
     plain, same = prepare(stages, alone=True)(*args), prepare(stages, alone=True, target=Target(stages={}))(*args)

@@ -106,6 +106,12 @@ def lifted(eqn: Any, given: Sequence[Any], dtype: Any) -> list[Any]:
     return bind(eqn, given, **{k: wider(v, dtype) for k, v in params.items() if isinstance(v, np.dtype)})
 
 
+def _whole(value: Any, aval: Any) -> Any:
+    """What is no float, in the program's own type, whatever a caller gave: int64 is another where float64 is on."""
+    own = aval.dtype
+    return value if getattr(value, "dtype", None) == own or jnp.issubdtype(own, jax.dtypes.extended) else jnp.asarray(value, own)
+
+
 def _inexact(aval: Any) -> bool:
     return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
 
@@ -114,7 +120,7 @@ class Float64:
     """Every float in float64, integers as they were; what a program rounds on purpose it does not round. Needs `jax.enable_x64`."""
 
     def enter(self, value: Any, aval: Any) -> Any:
-        return jnp.asarray(value, wider(aval.dtype, np.float64)) if _inexact(aval) else value
+        return jnp.asarray(value, wider(aval.dtype, np.float64)) if _inexact(aval) else _whole(value, aval)
 
     def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
         return [given[0]] if eqn.primitive.name == "reduce_precision" else lifted(eqn, given, np.float64)
@@ -135,8 +141,10 @@ class Shadowed:
         self.wide = Float64()
 
     def enter(self, value: Any, aval: Any) -> Any:
-        if isinstance(value, Beside) or not _inexact(aval):
+        if isinstance(value, Beside):
             return value
+        if not _inexact(aval):
+            return _whole(value, aval)
         return Beside(jnp.asarray(value, aval.dtype), self.wide.enter(value, aval))
 
     def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
