@@ -217,6 +217,8 @@ SMOOTH: dict[str, Callable[[Any], Any]] = {
     "transpose": lambda x: jnp.transpose(x.reshape(2, 2, COLS), (1, 0, 2)), "reduce_window_sum": _windows(jax.lax.add, 0.0), "reduce_window_max": _windows(jax.lax.max, -np.inf), "reduce_window_min": _windows(jax.lax.min, np.inf),
     "reduce_window": lambda x: jax.lax.reduce_window(x, 1.0, lambda a, b: a * b * 1.0, (1, 2), (1, 1), "SAME"), "reduce": lambda x: jax.lax.reduce(x, 0.0, lambda a, b: a + b * 1.0, (1,))[:, None] + x,
     "scatter": _scattered(jax.lax.scatter), "scatter_mul": _scattered(jax.lax.scatter_mul), "scatter_min": _scattered(jax.lax.scatter_min), "scatter_max": _scattered(jax.lax.scatter_max), "scatter-sub": _scattered(jax.lax.scatter_sub),
+    "fft": lambda x: 0.3 * jnp.fft.fft(x).real, "zeta": lambda x: jax.scipy.special.zeta(1.5 + x * x, 1 + jnp.abs(x)), "bessel_i0e": jax.lax.bessel_i0e, "bessel_i1e": jax.lax.bessel_i1e,
+    "regularized_incomplete_beta": lambda x: jax.scipy.special.betainc(1 + x * x, 2.0 + 0 * x, 0.5 + 0.4 * jnp.tanh(x)), "igamma_grad_a": jax.grad(lambda v: jax.lax.igamma(1 + v * v, 1.5 + 0 * v).sum()),
     "one_minus_square": jax.grad(lambda v: jnp.tanh(v).sum()),
     "select_and_scatter_add": _spread, "ragged_dot_general": _grouped, "add_any": jax.grad(lambda v: (v * jnp.sin(v)).sum()), "stack": lambda x: jnp.stack([x[:2], x[2:]]), "copy": lambda x: jnp.array(x, copy=True),
     "name": lambda x: checkpoint_name(x, "kept"), "squeeze": lambda x: jnp.squeeze(x[None], 0), "expand_dims": lambda x: jnp.expand_dims(x, 0), "is_finite": lambda x: jnp.where(jnp.isfinite(x), x, 0.0),
@@ -245,9 +247,9 @@ ELSEWHERE = {
 } | {
     name: "an opaque call: test_opaque.py" for name in ("custom_partitioning", "ffi_call", "pallas_call", "pure_callback", "tpu_custom_call")
 } | {
-    name: "no user writes it, or no JAX that is supported makes it" for name in ("SearchSorted", "copy_p", "create_token", "device_put", "dim_as_value", "empty", "polynomial", "scatter_add", "scatter_min", "scatter_max", "scatter_mul", "random_unwrap", "conj", "split", "stack", "unstack",
-                                                                                 "stop_gradient", "searchsorted", "square", "tile", "copy", "expand_dims", "log2", "threefry2x32", "zeta", "bessel_i0e", "bessel_i1e", "igamma_grad_a", "random_gamma_grad",
-                                                                                 "regularized_incomplete_beta", "eq_to", "le_to", "lt_to", "mulhi", "fft", "one_minus_square")
+    name: "no user writes it, or not every JAX that is supported makes it" for name in ("SearchSorted", "copy_p", "create_token", "device_put", "dim_as_value", "empty", "polynomial", "scatter_add", "scatter_min", "scatter_max", "scatter_mul", "random_unwrap", "conj", "split", "stack", "unstack",
+                                                                                 "stop_gradient", "searchsorted", "square", "tile", "copy", "expand_dims", "log2", "threefry2x32", "random_gamma_grad",
+                                                                                 "eq_to", "le_to", "lt_to", "mulhi", "one_minus_square")
 }  # fmt: skip
 """Primitives with a work rule that random programs need not have, and why."""
 
