@@ -52,12 +52,12 @@ def culprit(stages: Stages, record: Record, refs: References, differs: Differs) 
             got, reference = record.kept.get((stage_id, trip, v)), refs.get(v, trip)
             if got is not None and reference is not None and differs(reference, got):
                 said = _first_op(stages, stage, record, refs, trip, differs)
-                found = (_misplaced(refs) or _unfaithful(stages, record, refs, order[: order.index((stage_id, trip)) + 1])) if said == AGREES else None
+                found = _unfaithful(stages, record, refs, order[: order.index((stage_id, trip)) + 1]) if said == AGREES else None
                 return found or f"{at}: {said}"
     return None
 
 
-def _misplaced(refs: References) -> str | None:
+def misplaced(refs: References) -> str | None:
     """The first weight, argument or constant that lies on a mesh otherwise than it was given; None where all are as they were. It is found in a run of its own."""
     runner, found = refs.runner, list[str]()
 

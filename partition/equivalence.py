@@ -99,8 +99,8 @@ def check(
     tie, broken = _tie(args, reference, result, outputs, record, ran, runner, loaded) if not equal and misread is None and tolerance is None else (None, None)
     if tie is not None:
         equal, culprit, (right, sharding) = True, None, tie
-    elif broken is not None and culprit is not None and divergence.COMPILED in culprit:
-        culprit = broken  # op by op on the mesh
+    elif culprit is not None and divergence.COMPILED in culprit:
+        culprit = divergence.misplaced(refs) or broken or culprit  # what lies on the mesh, or op by op on it
     bitwise = equal and all(d.bitwise for d in outputs)
     if oracle:
         try:

@@ -299,8 +299,8 @@ def attention(fault: str) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(("fault", "named"), [
-    ("swapped", r"op \d+ \(scan\).*: it reads .* in place of "), ("stale", r"inside it op \d+ \(dynamic_update_slice\).*: it reads a value that entered in place of"),
-    ("no scale", r"it reads op \d+ \(dot_general\).*in place of op \d+ \(mul\)"), ("no mask", r"select_n.*# the mask|test_counterparts"),
+    ("swapped", r"op \d+ \(scan\).*: it reads .* in place of "), ("stale", r"inside it op \d+ \(dynamic_update_slice\).*: it reads input \d of the body in place of the reference.s input \d"),
+    ("no scale", r"it reads op \d+ \(dot_general\).*in place of the reference.s op \d+ \(mul\)"), ("no mask", r"select_n.*# the mask|test_counterparts"),
 ])  # fmt: skip
 def test_a_value_in_the_place_of_another_is_named_with_what_should_be_there(fault: str, named: str) -> None:
     with pytest.raises(EquivalenceError) as error:
