@@ -93,7 +93,7 @@ def check_command(
     if ":" not in model:  # by its name alone
         verdict = dataclasses.replace(verdict, not_shown=(*verdict.not_shown, f"the weights are random numbers (seed {seed}): what the answers say of tokens is of them"))
     raw = json.dumps({"model": made.title, "cluster": made.cluster, "policy": made.policy, "made": origin.made(made.problem.cluster, seed=seed), "effects": [dataclasses.asdict(e) for e in found], "drift": drifted} | dataclasses.asdict(verdict), indent=1, default=str)
-    print(raw if as_json else verdict)
+    print(raw if as_json else f"{made.title}, on {made.cluster} by {made.policy}\n{verdict}")
     if found and not as_json:
         print(numerics.effects_text(found))
     if json_file is not None:

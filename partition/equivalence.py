@@ -173,7 +173,7 @@ def _reasons(
     if all(d.bitwise for d in outputs):
         if not inner:
             return "yes, bit for bit", "no: bit for bit with it too" if shared else UNSHARDED
-        return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ by the order of its sums" if shared else UNSHARDED
+        return "yes: the outputs are bit for bit", f"not to the outputs; {inner} values at boundaries differ within bounds" if shared else UNSHARDED
     alone, sharding = outputs, UNSHARDED
     if shared:
         alone, worst = compared(reference, _alone(runner, runner.strict)(*args), tolerance), max(outputs, key=lambda d: d.relative)
@@ -240,9 +240,10 @@ class _Kept:
 def _kept(stages: Stages, record: Record, refs: References) -> list[_Kept]:
     """What was kept of a run and the uncut program has as well: what stages read, in the order of the run, then what they made."""
     found, conditions = [], {s.id for s in stages.all if s.region == "cond"}
+    maker = {t: f" ({op.scope + '/' if op.scope else ''}{op.primitive})" for op in stages.program.op.values() for t in op.outputs}
     for source, table in (("read by", record.read), ("made by", record.kept)):
         for (stage, trip, value), array in table.items():
             if stage not in conditions and (reference := refs.get(value, trip)) is not None:
-                name = f"value {value[0]}{'' if value[1] is None else list(value[1])} {source} stage {stage}" + (f", trip {trip}" if trip >= 0 else "")
+                name = f"value {value[0]}{'' if value[1] is None else list(value[1])}{maker.get(value[0], '')} {source} stage {stage}" + (f", trip {trip}" if trip >= 0 else "")
                 found.append(_Kept(name=name, stage=stage, trip=trip, value=value, array=array, reference=reference))
     return found

@@ -63,11 +63,13 @@ class Verdict:
         asked = (("is the cut right?" if cut else "is the candidate right?", self.cut), ("does sharding matter?", self.sharding), ("what would the target do?", self.target))
         lines += [f"  {question:<26}{answer}" for question, answer in asked if answer]
         lines += [f"  first divergence: {self.culprit}"] if self.culprit else []
-        lines += [f"  {d}" for d in self.outputs]
+        for d in self.outputs:
+            lines += [f"  {d}", *([f"    {spread(d)}"] if sum(d.steps[1:]) else [])]
         far = sorted(self.tokens, key=lambda c: -c.kl[1])
         lines += [f"  {c}" for c in far[:SHOWN]] + ([f"  ... and {len(far) - SHOWN} more distributions that are nearer"] if len(far) > SHOWN else [])
-        worst = sorted((d for d in self.boundaries if not d.bitwise), key=lambda d: (d.equal, -d.relative))
-        lines += [f"  boundary {d}" for d in worst[:SHOWN]] + ([f"  ... and {len(worst) - SHOWN} more boundaries that are not bit for bit"] if len(worst) > SHOWN else [])
+        ordered = sorted((d for d in self.boundaries if not d.bitwise), key=lambda d: (d.equal, -d.relative))
+        worst = list({d.name.split(" made by ")[0].split(" read by ")[0]: d for d in ordered[::-1]}.values())[::-1]  # of a value that several read, the farthest
+        lines += [f"  boundary {d}" for d in worst[:SHOWN]] + ([f"  ... and {len(worst) - SHOWN} more values at boundaries that are not bit for bit"] if len(worst) > SHOWN else [])
         lines += [f"  against float64, the worst boundary: {max(held, key=lambda d: d.oracle or (0, 0))}"] if (held := [d for d in self.boundaries if d.oracle is not None]) else []
         lines += [f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}"] if cut else []
         return "\n".join([*lines, *(f"  not shown: {n}" for n in self.not_shown)])
@@ -81,6 +83,13 @@ class Verdict:
     def _stopped(self) -> str:
         early = self.trips is not None and self.trips < self.planned_trips
         return f": the token loop ended by itself after {self.trips} of {self.planned_trips} trips" if early else ""
+
+
+def spread(d: Difference) -> str:
+    """How far the elements of an output are apart, in units in the last place, and the two as directions."""
+    names = ("0", "1", "2", "3 to 4", "5 to 16", "17 to 256", "more")
+    shares = [f"{name}: {100 * n / sum(d.steps):.3g} %" for name, n in zip(names, d.steps, strict=True) if n]
+    return f"cosine {d.cosine:.9g}; elements by ULP apart: {', '.join(shares)}"
 
 
 def refused(verdict: Verdict, what: str, *, where: str, mend: str) -> EquivalenceError:
