@@ -164,6 +164,7 @@ def sibling(whole: Plan, model: str, *, seed: int = 0) -> tuple[Plan, tuple[Any,
     Raises PlacementError where the sibling is not of the same structure, PartitionError where the model has none.
     """
     from partition import phases, problem, program
+    from partition.shrinking import split_alike, undivided
 
     if ":" in model:
         raise PartitionError("only models that are known by name can be shrunk", where=model, mend="give your callable small widths itself, and check that")
@@ -178,8 +179,8 @@ def sibling(whole: Plan, model: str, *, seed: int = 0) -> tuple[Plan, tuple[Any,
         except PlacementError:
             if i + 1 == len(lengths):
                 raise
-    others = sum(a.tensors.get(t) != b.tensors.get(t) for a, b in {(id(a), id(b)): (a, b) for a, b in zip(full.layouts, small.layouts, strict=True)}.values() for t in {*a.tensors, *b.tensors})
-    told = ("a sibling with small widths was run: the plan's cuts, not its numbers or its memory", *([f"{others} tensors are split otherwise at full width"] if others else []))
+    small = dataclasses.replace(small, layouts=split_alike(full, small))
+    told = (f"a sibling with small widths was run, prompt {short['prompt']} + {short['new_tokens']} tokens: the plan's cuts, not its numbers or its memory", *undivided(full, small))
     placement = small.placement(whole.placement.mesh)
     return dataclasses.replace(whole, title=f"{whole.title}, shrunk", problem=small, placement=placement, estimate=evaluate(small, placement)), args, told
 
