@@ -46,7 +46,7 @@ else
 endif
 	@touch $@
 
-# a hundred and fifty random programs, cut anywhere: with the fifty of `make test`, two hundred
+# a hundred and seventy-five random programs, cut anywhere: with those of `make test`, two hundred
 random: $(STAMP)
 	$(BIN)/python -m pytest tests/test_random.py -m slow -n 2
 

@@ -74,7 +74,7 @@ def test_the_zoo_runs_when_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "policy", "options"), [
-    ("mixtral", "phase_split", {"layers": "scanned"}), ("gemma", "random", {}), ("deepseek", "phase_split", {"loop": "while"}),
+    ("mixtral", "phase_split", {"layers": "scanned"}), pytest.param("gemma", "random", {}, marks=pytest.mark.slow), ("deepseek", "phase_split", {"loop": "while"}),
     ("mamba", "random", {"layers": "scanned"}), ("gpt2", "random", {}), ("t5", "phase_split", {}), ("t5", "random", {"loop": "fori", "layers": "scanned"}),
 ])  # fmt: skip
 def test_models_run_when_cut(name: str, policy: str, options: Any) -> None:
