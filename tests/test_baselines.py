@@ -69,7 +69,7 @@ def test_errors_against_float64_may_not_grow() -> None:
     assert len(moved) == 1 and moved[0].startswith(f"{name}: its rms error against float64 is")
 
 
-@pytest.mark.parametrize(("loop", "change"), [("scan", {"norm_eps": 1e-3}), ("while", {"rope_theta": 4e5})])
+@pytest.mark.parametrize(("loop", "change"), [("scan", {"norm_eps": 1e-3}), pytest.param("while", {"rope_theta": 4e5}, marks=pytest.mark.slow)])
 def test_what_moves_cut_and_uncut_together_is_seen_where_no_token_moves(loop: str, change: dict[str, float]) -> None:
     import dataclasses
 

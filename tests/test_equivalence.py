@@ -22,7 +22,7 @@ from partition.stages import cut
 
 @pytest.mark.parametrize(("cluster", "policy", "options"), [
     ("trn2_efa_cs3", "phase_split", {"logits": True}),
-    ("trn2_efa_4cs3", "alternating", {"logits": True, "sample": True}),
+    pytest.param("trn2_efa_4cs3", "alternating", {"logits": True, "sample": True}, marks=pytest.mark.slow),
     ("trn2_efa_4cs3", "alternating", {"loop": "while", "eos": 5}),
     ("trn2_efa_4cs3", "alternating", {"layers": "scanned", "logits": True}),
     ("trn2_efa_4cs3", "random", {"layers": "scanned", "loop": "while", "sample": True}),
@@ -135,6 +135,7 @@ def test_a_scatter_in_a_branch_of_a_branch_runs_sharded() -> None:
     assert check(cut(problem.phases.program, problem.placement([0] * len(problem))), *args).equal
 
 
+@pytest.mark.slow
 def test_a_model_of_narrow_experts_runs_sharded() -> None:
     from models import deepseek
 

@@ -78,7 +78,7 @@ def test_a_fault_of_the_run_is_found(form: str, fault: str) -> None:
     assert "arrives wrong" in error.value.where
 
 
-@pytest.mark.parametrize("form", ["decode cut by layers", "cut anywhere"])
+@pytest.mark.parametrize("form", ["decode cut by layers", pytest.param("cut anywhere", marks=pytest.mark.slow)])
 def test_a_stale_cache_is_found(form: str) -> None:
     stages, args = made(form)
     with stale(), pytest.raises(EquivalenceError) as error:
