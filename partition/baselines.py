@@ -64,16 +64,15 @@ def recorded(title: str, result: Any, *, reason: str, verdict: Any = None, besid
 
 
 def _output(name: str, a: np.ndarray) -> dict[str, Any]:
-    flat = a.ravel()
-    places = np.unique(np.linspace(0, max(flat.size - 1, 0), min(_SAMPLE, flat.size)).astype(int)) if flat.size else np.zeros(0, int)
+    whole = not floating(str(a.dtype))
+    flat = a.ravel() if whole else parts(a).astype(np.float64).ravel()
+    sample = flat[np.unique(np.linspace(0, max(flat.size - 1, 0), min(_SAMPLE, flat.size)).astype(int))]
     made: dict[str, Any] = {"name": name, "shape": list(a.shape), "dtype": str(a.dtype)}
-    if not floating(str(a.dtype)):
-        return made | {"sha256": hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest(), "sample": [int(x) for x in flat[places]]}
-    x = parts(a).astype(np.float64)
-    finite = x[np.isfinite(x)]
-    places = np.unique(np.linspace(0, x.size - 1, min(_SAMPLE, x.size)).astype(int)) if x.size else places
-    return made | {"invalid": {"NaN": int(np.isnan(x).sum()), "inf": int((x == np.inf).sum()), "-inf": int((x == -np.inf).sum())}, "mean": float(finite.mean()) if finite.size else 0.0, "rms": float(np.sqrt((finite**2).mean())) if finite.size else 0.0,
-                   "most": float(np.abs(finite).max(initial=0.0)), "sample": [float(v) if np.isfinite(v) else str(v) for v in x.ravel()[places]]}  # fmt: skip
+    if whole:
+        return made | {"sha256": hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest(), "sample": [int(x) for x in sample]}
+    finite = flat[np.isfinite(flat)]
+    return made | {"invalid": {"NaN": int(np.isnan(flat).sum()), "inf": int((flat == np.inf).sum()), "-inf": int((flat == -np.inf).sum())}, "mean": float(finite.mean()) if finite.size else 0.0,
+                   "rms": float(np.sqrt((finite**2).mean())) if finite.size else 0.0, "most": float(np.abs(finite).max(initial=0.0)), "sample": [float(x) if np.isfinite(x) else str(x) for x in sample]}  # fmt: skip
 
 
 def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] | None = None, *, verdict: Any = None, beside: Mapping[str, Any] | None = None) -> tuple[list[str], list[str]]:
@@ -87,7 +86,7 @@ def drift(baseline: Mapping[str, Any], result: Any, budget: Mapping[str, float] 
         if "sha256" in old:
             if old["sha256"] != new["sha256"]:
                 first = next(((a, b) for a, b in zip(old["sample"], new["sample"], strict=True) if a != b), None)
-                moved.append(f"{old['name']}: whole numbers (tokens) are others, " + ("none of those that were recorded as such" if first is None else f"first {first[1]} in the place of {first[0]}"))
+                moved.append(f"{old['name']}: whole numbers (tokens) are others, " + ("though all that were sampled agree" if first is None else f"first {first[1]} in the place of {first[0]}"))
             continue
         most, unit = allowed.get(old["dtype"], 0.0), max(old["rms"], 1e-300)
         pairs = list(zip(old["sample"], new["sample"], strict=True))

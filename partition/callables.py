@@ -15,7 +15,7 @@ import numpy as np
 from partition import _jax
 from partition._jax.lifting import float64
 from partition.counterparts import parting
-from partition.distances import NARROW, Difference, apart, floating, held_wide, judged
+from partition.distances import NARROW, Difference, alike, apart, floating, held_wide, judged
 from partition.divergence import fickle
 from partition.errors import EquivalenceError, ExecutionError, told, written_at
 from partition.program import trace
@@ -36,8 +36,9 @@ def two(reference: Any, candidate: Any = None, args: Any = (), *extra: Any, tole
     traced = functools.cache(lambda: trace(reference, *args))
     unheld = tuple[str, ...]()
     if oracle or beyond:
-        truth = _wide(reference, args, len(outputs)) or [None] * len(outputs)
-        unheld = ("a comparison with float64: JAX cannot compute the reference in it",) if oracle and truth[0] is None else ()
+        exact = _wide(reference, args, len(outputs))
+        truth = [None] * len(outputs) if exact is None else exact
+        unheld = ("a comparison with float64: JAX cannot compute the reference in it",) if oracle and exact is None else ()
         rows = (jax.tree_util.tree_leaves(want), jax.tree_util.tree_leaves(got))
         outputs = beside(outputs, truth, *rows) if oracle else outputs
         if beyond:
@@ -85,40 +86,33 @@ def _both(reference: Callable[..., Any], candidate: Callable[..., Any], args: An
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
             raise ExecutionError(f"argument {jax.tree_util.keystr(path)} was donated to another call, its memory is gone", where="check(reference, candidate, args)", mend="give a copy to that call, or to this one")
-    (want, first), (got, second) = (_called(name, fn, args) for name, fn in (("reference", reference), ("candidate", candidate)))
-    wrote = {name for end in (first, second) for name, leaf in end.items() if name not in (start := _leaves(args)) or not _same(leaf, start[name])}
-    if not wrote:
+    (want, first, wrote), (got, second, too) = (_called(name, fn, args) for name, fn in (("reference", reference), ("candidate", candidate)))
+    if not wrote | too:
         return [want, got], [want, got]
-    return [want, got], [{"result": result, **{f"written into argument {name}": end[name] for name in wrote if name in end}} for result, end in ((want, first), (got, second))]
+    return [want, got], [{"result": result, **{f"written into argument {name}": end[name] for name in wrote | too if name in end}} for result, end in ((want, first), (got, second))]
 
 
 def _leaves(args: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(args)}
 
 
-def _same(leaf: Any, other: Any) -> bool:
-    """Whether a leaf is as it was; one whose memory was given away is."""
-    if leaf is other or (isinstance(leaf, jax.Array) and leaf.is_deleted()) or not hasattr(leaf, "dtype"):
-        return True
-    a, b = _jax.to_numpy(leaf), _jax.to_numpy(other)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def _called(name: str, fn: Callable[..., Any], args: Any) -> tuple[Any, dict[str, Any]]:
-    """What a callable of the user's gives, and its arguments afterwards. Raises ExecutionError for one that raises."""
+def _called(name: str, fn: Callable[..., Any], args: Any) -> tuple[Any, dict[str, Any], set[str]]:
+    """(what a callable of the user's gives, its arguments afterwards, those that it wrote). Raises ExecutionError for one that raises."""
     given = _copied(args)  # it may donate its arguments, or write into them
+    start, own = _leaves(given), _leaves(args)
     try:
         result = fn(*given)
     except Exception as error:
         try:  # some only run traced, such as those that index NumPy weights by traced tokens
-            given, result = args, jax.jit(fn)(*_copied(args))
+            given, start, result = args, own, jax.jit(fn)(*_copied(args))
         except Exception:
             raise ExecutionError(f"the {name} raised {told(error)}", where=written_at(error), mend="make it run by itself first") from error
     result = jax.tree_util.tree_map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf, result)
     for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
         if np.asarray(_jax.to_numpy(leaf)).dtype.kind in "OUSMm":
             raise ExecutionError(f"output {jax.tree_util.keystr(path) or 'result'} of the {name} is a {type(leaf).__name__}", where=getattr(fn, "__qualname__", name), mend="give arrays and numbers")
-    return result, _leaves(given)
+    end = _leaves(given)
+    return result, end, {name for name, leaf in end.items() if leaf is not start.get(name) or (isinstance(leaf, np.ndarray) and not alike(leaf, own[name]))}
 
 
 def _copied(args: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from partition import _jax
 from partition._jax.bodies import environment, expose, inside
 from partition._jax.likeness import unlike_params
-from partition.distances import TOLERANCE, compare, floating
+from partition.distances import compare, floating
 from partition.divergence import OTHERS, Differs, describe, within
 from partition.execution import bound_inputs
 from partition.graph import Graph, Op, Role
@@ -207,14 +207,7 @@ def _telling(run: _Run, op: Op) -> list[np.ndarray]:
 def _among(array: np.ndarray, known: Sequence[np.ndarray]) -> bool:
     """Whether a value is one of those known, or a block of one."""
     alike = (other for other in known if np.iscomplexobj(other) == np.iscomplexobj(array))
-    return any(_may_be(part, array) and compare("it", part.astype(array.dtype), array.reshape(part.shape)).equal for other in alike for part in _blocks(other, array))
-
-
-def _may_be(part: np.ndarray, array: np.ndarray) -> bool:
-    """Whether two arrays of one size are not told apart by their means, which are no further apart than the farthest elements; quick."""
-    bound = TOLERANCE.get(str(array.dtype), 0.0)
-    far = np.abs(part.mean(dtype=np.complex128) - array.mean(dtype=np.complex128)) if part.size else 0.0
-    return not far > bound * np.abs(part).max(initial=0) + 1e-30
+    return any(compare("it", part.astype(array.dtype), array.reshape(part.shape)).equal for other in alike for part in _blocks(other, array))
 
 
 def _blocks(whole: np.ndarray, like: np.ndarray) -> Iterator[np.ndarray]:

@@ -104,6 +104,12 @@ def parts(array: np.ndarray) -> np.ndarray:
     return np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else array
 
 
+def alike(want: Any, got: Any) -> bool:
+    """The same type, shape and bits."""
+    a, b = _jax.to_numpy(want), _jax.to_numpy(got)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
 def compare(name: str, reference: Any, candidate: Any, tolerance: Mapping[str, float] | None = None) -> Difference:
     """Compare two arrays: shapes and dtypes, then NaN and infinity, then values."""
     a, b = _jax.to_numpy(reference), _jax.to_numpy(candidate)

@@ -153,7 +153,7 @@ def again(saved: Plan, *, seed: int | None = None) -> tuple[Plan, tuple[Any, ...
     if posed.names != saved.problem.names:
         raise PlacementError("the model gives another program than the one that was planned", where=f"{len(posed)} nodes, the plan has {len(saved.problem)}", mend="plan it again with this version")
     if other := [name for name in ("workload", "meshes", "kinds", "flows", "residents") if getattr(posed, name) != getattr(saved.problem, name)]:
-        raise PlacementError(f"the plan's request and machines give other {other[0]} than its problem has", where=f"{saved.title}: {other[0]}", mend="plan that request, do not write it into a plan")
+        raise PlacementError(f"the plan's request and machines give other {other[0]} than its problem has", where=f"{saved.title}: {other[0]}", mend="plan that request, with this version")
     placement = verify(posed, dataclasses.replace(saved.placement, problem=posed, bound=None))
     return dataclasses.replace(saved, problem=posed, placement=placement), args
 

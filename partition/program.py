@@ -213,9 +213,9 @@ def trace(
 
 def _watched(fn: Callable[..., Any], lost: list[str], *args: Any) -> Any:
     """A call that notes which leaves of its arguments it writes and does not return, as a module's call may in its variables."""
-    before = {id(leaf) for leaf in jax.tree_util.tree_leaves(args)}
+    before = jax.tree_util.tree_leaves(args)  # held, so that their ids stay theirs
     out = fn(*args)
-    kept = before | {id(leaf) for leaf in jax.tree_util.tree_leaves(out)}
+    kept = {id(leaf) for leaf in (*before, *jax.tree_util.tree_leaves(out))}
     lost[:] = [_leaf_name(path, path[0].idx) for path, leaf in jax.tree_util.tree_leaves_with_path(args) if id(leaf) not in kept]
     return out
 

@@ -41,7 +41,8 @@ def carried(blocks: Sequence[Block], phases: Phases | None, ours: Graph) -> tupl
 
 def split_alike(full: Problem, small: Problem) -> tuple[Layout, ...]:
     """The layouts of a sibling on each mesh: its tensors are split along the dimensions in which the whole model's are."""
-    whole, ours = (p.phases.program.graph.tensors for p in (full, small) if p.phases is not None)
+    assert full.phases is not None and small.phases is not None
+    whole, ours = full.phases.program.graph.tensors, small.phases.program.graph.tensors
     made: dict[int, Layout] = {}  # meshes that are alike share a layout
     for layout in full.layouts:
         tensors = {t: split for t, split in layout.tensors.items() if t < len(ours) and len(ours[t].shape) == len(whole[t].shape)}

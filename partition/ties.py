@@ -19,7 +19,7 @@ from partition._jax.bodies import environment, expose, inside, kept, one_by_one,
 from partition._jax.lifting import Float64, bind
 from partition._jax.rewriting import unconstrained
 from partition.dispatch import Machine
-from partition.distances import compare, floating, near
+from partition.distances import alike, compare, floating, near
 from partition.divergence import describe
 from partition.execution import Record, Runner
 from partition.graph import Role, Value
@@ -44,7 +44,7 @@ def tipped(runner: Runner, loaded: Mapping[int, Any], refs: References, result: 
         again, _ = runner.run(loaded, beside=watched)
         for t, made, before in zip(runner.program.graph.outputs, jax.tree_util.tree_leaves(again), jax.tree_util.tree_leaves(result), strict=True):
             _same("an output is another one than before", before, made)
-            if not any(_alike(copy, made) for copy in witnesses[0].wiring.copies((t, None))):
+            if not any(alike(copy, made) for copy in witnesses[0].wiring.copies((t, None))):
                 raise _BrokenError("an output is not what was made")
     except _BrokenError as broken:
         return None, broken.where
@@ -56,7 +56,7 @@ def op_by_op(runner: Runner, loaded: Mapping[int, Any]) -> list[Any] | None:
     parts, _ = runner.run(loaded, beside=lambda machine: _OpByOp(machine, runner, loaded))
     program = runner.program
     whole = one_by_one(unconstrained(program.entry.jaxpr), [loaded[t] for t in program.graph.inputs])
-    same = all(_alike(a, b) for a, b in zip(whole, jax.tree_util.tree_leaves(parts), strict=True))
+    same = all(alike(a, b) for a, b in zip(whole, jax.tree_util.tree_leaves(parts), strict=True))
     return whole if same else None
 
 
@@ -90,14 +90,8 @@ class _BrokenError(Exception):
 
 
 def _same(what: str, want: Any, got: Any, where: str | None = None) -> None:
-    if want is None or not _alike(want, got):
+    if want is None or not alike(want, got):
         raise _BrokenError(what, (), where and f"{where}: {what}")
-
-
-def _alike(want: Any, got: Any) -> bool:
-    """The same type, shape and bits."""
-    a, b = _jax.to_numpy(want), _jax.to_numpy(got)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 class _Ways:
@@ -185,7 +179,7 @@ class _Witness:
         jaxpr, mesh = self.jaxprs[stage.id], self.meshes[stage.mesh]
         shared = self.runner.meshes[stage.mesh].size > 1
         alone = self.own.function(jaxpr, within=False)(*inputs)
-        if not (_near(alone, hosts) if shared else all(map(_alike, alone, hosts))):
+        if not (_near(alone, hosts) if shared else all(map(alike, alone, hosts))):
             try:
                 if not shared or not _near(mesh.held(jaxpr, self._spread(stage, inputs)), hosts):
                     raise _BrokenError("it does not make what its equations give from what it read")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class Verdict:
         far = sorted(self.tokens, key=lambda c: -c.kl[1])
         lines += [f"  {c}" for c in far[:SHOWN]] + ([f"  ... and {len(far) - SHOWN} more distributions that are nearer"] if len(far) > SHOWN else [])
         ordered = sorted((d for d in self.boundaries if not d.bitwise), key=lambda d: (d.equal, -d.relative))
-        worst = list({d.name.split(" made by ")[0].split(" read by ")[0]: d for d in ordered[::-1]}.values())[::-1]  # of a value that several read, the farthest
+        worst = list({re.split(" made by | read by ", d.name)[0]: d for d in ordered[::-1]}.values())[::-1]  # of a value that several read, the farthest
         lines += [f"  boundary {d}" for d in worst[:SHOWN]] + ([f"  ... and {len(worst) - SHOWN} more values at boundaries that are not bit for bit"] if len(worst) > SHOWN else [])
         lines += [f"  against float64, the worst boundary: {max(held, key=lambda d: d.oracle or (0, 0))}"] if (held := [d for d in self.boundaries if d.oracle is not None]) else []
         lines += [f"  moved {self.moved_bytes:,} B between meshes, planned {self.planned_bytes:,} B{self._stopped()}"] if cut else []
@@ -119,7 +120,7 @@ def hold_numbers(verdict: Verdict, reference: Any, args: Any) -> None:
 def numberless(outputs: Sequence[Difference], reference: Any) -> tuple[str, ...]:
     """What is not shown of outputs that hold no finite number, such as infinities on both sides."""
     rows = zip(outputs, jax.tree_util.tree_leaves(reference), strict=True)
-    return tuple(f"no number of output {d.name} is finite" for d, leaf in rows if floating(d.dtype) and 0 not in d.shape and not np.isfinite(parts(_jax.to_numpy(leaf)).astype(np.float64)).any())
+    return tuple(f"no number of output {d.name} is finite" for d, leaf in rows if floating(d.dtype) and 0 not in d.shape and not np.isfinite(_jax.to_numpy(leaf)).any())
 
 
 def _is_nan(flat: np.ndarray) -> bool:

@@ -56,13 +56,13 @@ def run_block(first: int, count: int) -> None:
 
 def report(covered: collections.Counter[str]) -> str:
     """What was covered how often, and which primitives that a work rule knows were not."""
+    from random_programs import ELSEWHERE
+
     lines = []
     for kind in ("loop", "cut", "form"):
         lines.append(f"{kind}s: " + ", ".join(f"{name.split(' ', 1)[1]} {n:,}" for name, n in sorted(covered.items()) if name.startswith(f"{kind} ")))
-    seen = {name.split(" ", 1)[1] for name in covered if name.startswith("primitive ")}
+    seen = primitives(covered)
     lines.append(f"primitives ({len(seen)}): {', '.join(sorted(seen))}")
-    from random_programs import ELSEWHERE
-
     missing = uncovered(seen)
     lines.append(f"primitives with a work rule that were not covered: {', '.join(sorted(missing)) or 'none'}")
     reasons = collections.defaultdict(list)
@@ -70,6 +70,10 @@ def report(covered: collections.Counter[str]) -> str:
         reasons[ELSEWHERE[name]].append(name)
     lines += [f"not drawn, {why}: {', '.join(names)}" for why, names in reasons.items()]
     return "\n".join(lines)
+
+
+def primitives(covered: collections.Counter[str]) -> set[str]:
+    return {name.split(" ", 1)[1] for name in covered if name.startswith("primitive ")}
 
 
 def uncovered(seen: set[str]) -> set[str]:
@@ -104,8 +108,7 @@ def main() -> int:
     sys.path[:0] = [str(HERE.parent), str(HERE)]
     print(report(covered))
     print(f"{told.cases:,} cases, {len(failed)} failed")
-    whole = told.cases >= WHOLE and uncovered({name.split(" ", 1)[1] for name in covered if name.startswith("primitive ")})
-    return 1 if failed or whole else 0
+    return 1 if failed or (told.cases >= WHOLE and uncovered(primitives(covered))) else 0
 
 
 if __name__ == "__main__":

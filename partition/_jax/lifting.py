@@ -106,10 +106,9 @@ def lifted(eqn: Any, given: Sequence[Any], dtype: Any) -> list[Any]:
     return bind(eqn, given, **{k: wider(v, dtype) for k, v in params.items() if isinstance(v, np.dtype)})
 
 
-def _whole(value: Any, aval: Any) -> Any:
-    """What is no float, in the program's own type, whatever a caller gave: int64 is another where float64 is on."""
-    own = aval.dtype
-    return value if getattr(value, "dtype", None) == own or jnp.issubdtype(own, jax.dtypes.extended) else jnp.asarray(value, own)
+def _typed(value: Any, dtype: Any) -> Any:
+    """A value as one of a type, whatever a caller gave (int64 is another where float64 is on); a key as it is."""
+    return value if getattr(value, "dtype", None) == dtype or jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.asarray(value, dtype)
 
 
 def _inexact(aval: Any) -> bool:
@@ -117,10 +116,10 @@ def _inexact(aval: Any) -> bool:
 
 
 class Float64:
-    """Every float in float64, integers as they were; what a program rounds on purpose it does not round. Needs `jax.enable_x64`."""
+    """Every float in float64, and the parts of complex numbers; integers as they were; what a program rounds on purpose it does not round. Needs `jax.enable_x64`."""
 
     def enter(self, value: Any, aval: Any) -> Any:
-        return jnp.asarray(value, wider(aval.dtype, np.float64)) if _inexact(aval) else _whole(value, aval)
+        return _typed(value, wider(aval.dtype, np.float64))
 
     def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
         return [given[0]] if eqn.primitive.name == "reduce_precision" else lifted(eqn, given, np.float64)
@@ -143,9 +142,8 @@ class Shadowed:
     def enter(self, value: Any, aval: Any) -> Any:
         if isinstance(value, Beside):
             return value
-        if not _inexact(aval):
-            return _whole(value, aval)
-        return Beside(jnp.asarray(value, aval.dtype), self.wide.enter(value, aval))
+        own = _typed(value, aval.dtype)
+        return Beside(own, self.wide.enter(value, aval)) if _inexact(aval) else own
 
     def leaf(self, eqn: Any, given: Sequence[Any]) -> list[Any]:
         first, wide = [x.own if isinstance(x, Beside) else x for x in given], [widened(x) for x in given]
