@@ -10,7 +10,7 @@ import pytest
 
 import partition as pt
 from models import llama
-from partition import divergence
+from partition import divergence, execution
 from partition.errors import EquivalenceError
 from partition.stages import LoopPlan, Stages
 
@@ -162,3 +162,56 @@ def test_steps_that_are_not_the_placements_are_named_before_they_run(what: str) 
         pt.check(steps_with(stages, what), *args)
     assert ({"xs": "carry", "order": "mesh", "last": "steps"}.get(what, what) in error.value.where and "token loop" in error.value.where) or "stage" in error.value.where or what == "last"
     assert "NOT EQUAL" in str(error.value.verdict)
+
+
+def toy(loop: str, trips: int | None = None) -> tuple[Any, tuple[Any, ...]]:
+    """(the stages of a loop that writes five tokens from a small table, alternating between two meshes, its arguments)."""
+    table = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+
+    def fn(w: Any, x: Any) -> Any:
+        def step(state: Any) -> Any:
+            i, h, token = state
+            h = jnp.tanh(h @ w["w"]) + w["w"][token]
+            return i + 1, h, jnp.argmax(h).astype(jnp.int32)
+
+        if loop == "while":
+            return jax.lax.while_loop(lambda s: s[0] < 5, step, (0, x, 0))[2]
+        return jax.lax.scan(lambda s, _: (step(s), None), (0, x, 0), None, length=5)[0][2]
+
+    args = {"w": table}, table[0]
+    program = pt.trace(fn, *args)
+    phases = pt.tag(program, loop=next(op.id for op in program.graph.ops if op.loop is not None))
+    problem = pt.pose(phases, pt.cluster("trn2_efa_cs3"), level="op", trips=trips)
+    return pt.cut(program, problem.placement(np.arange(len(problem)) % 2)), args
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_the_last_trip_is_compared_wherever_the_loop_ends(loop: str) -> None:
+    """Planned for eleven trips, a while loop makes five: a fault of the fifth alone, which moves no token, is seen."""
+    stages, args = toy(loop, 11 if loop == "while" else None)
+    runner = pt.prepare(stages)
+    verdict = pt.check(stages, *args, runner=runner)
+    assert verdict.equal and any("the first 2 of 5 trips and the last" in n for n in verdict.not_shown), verdict
+    good = execution._Computer.compute
+
+    def compute(self: Any, stage: Any, arrays: Any, trip: int) -> Any:
+        return [jax.device_put(a * 1.001, a.sharding) if trip == 4 and jnp.issubdtype(a.dtype, jnp.floating) else a for a in good(self, stage, arrays, trip)]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EquivalenceError, match="trip 4"):
+        patch.setattr(execution._Computer, "compute", compute)
+        pt.check(stages, *args, runner=runner)
+
+
+@pytest.mark.parametrize("fault", ["in bfloat16", "transposed", "another's"])
+def test_a_weight_that_arrives_wrong_is_named(fault: str) -> None:
+    stages, args = toy("scan")
+    good = execution._Computer.given
+    how = {"in bfloat16": lambda a: a.astype(jnp.bfloat16).astype(a.dtype), "transposed": lambda a: a.T, "another's": lambda a: jnp.roll(a, 1, 0)}[fault]
+
+    def given(self: Any, value: Any, mesh: int) -> Any:
+        array = good(self, value, mesh)
+        return jax.device_put(how(array), array.sharding) if array.ndim == 2 and mesh == 1 else array
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EquivalenceError, match="param w arrives wrong on cs3"):
+        patch.setattr(execution._Computer, "given", given)
+        pt.check(stages, *args)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import POLICIES, posed, tagged
 
-from partition import execution, profiles
+from partition import profiles
 from partition.distances import compare, ulps
 from partition.equivalence import check
 from partition.errors import EquivalenceError, ExecutionError
@@ -315,59 +315,6 @@ def test_reductions_that_no_collective_computes_run_sharded(name: str) -> None:
     program = trace(lambda w, x: reduce(x @ w), *args)
     problem = pose(tag(program, loop="none"), "trn2_efa_4cs3", sharding="tensor")
     assert check(cut(program, problem.placement([0] * len(problem))), *args).equal
-
-
-def _toy(loop: str, trips: int | None = None) -> tuple[Any, tuple[Any, ...]]:
-    """(the stages of a loop that writes five tokens from a small table, alternating between two meshes, its arguments)."""
-    table = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
-
-    def fn(w: Any, x: Any) -> Any:
-        def step(state: Any) -> Any:
-            i, h, token = state
-            h = jnp.tanh(h @ w["w"]) + w["w"][token]
-            return i + 1, h, jnp.argmax(h).astype(jnp.int32)
-
-        if loop == "while":
-            return jax.lax.while_loop(lambda s: s[0] < 5, step, (0, x, 0))[2]
-        return jax.lax.scan(lambda s, _: (step(s), None), (0, x, 0), None, length=5)[0][2]
-
-    args = {"w": table}, table[0]
-    program = trace(fn, *args)
-    phases = tag(program, loop=next(op.id for op in program.graph.ops if op.loop is not None))
-    problem = pose(phases, profiles.cluster("trn2_efa_cs3"), level="op", trips=trips)
-    return cut(program, problem.placement(np.arange(len(problem)) % 2)), args
-
-
-@pytest.mark.parametrize("loop", ["scan", "while"])
-def test_the_last_trip_is_compared_wherever_the_loop_ends(loop: str) -> None:
-    """Planned for eleven trips, a while loop makes five: a fault of the fifth alone, which moves no token, is seen."""
-    stages, args = _toy(loop, 11 if loop == "while" else None)
-    runner = prepare(stages)
-    verdict = check(stages, *args, runner=runner)
-    assert verdict.equal and any("the first 2 of 5 trips and the last" in n for n in verdict.not_shown), verdict
-    good = execution._Computer.compute
-
-    def compute(self: Any, stage: Any, arrays: Any, trip: int) -> Any:
-        return [jax.device_put(a * 1.001, a.sharding) if trip == 4 and jnp.issubdtype(a.dtype, jnp.floating) else a for a in good(self, stage, arrays, trip)]
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(EquivalenceError, match="trip 4"):
-        patch.setattr(execution._Computer, "compute", compute)
-        check(stages, *args, runner=runner)
-
-
-@pytest.mark.parametrize("fault", ["in bfloat16", "transposed", "another's"])
-def test_a_weight_that_arrives_wrong_is_named(fault: str) -> None:
-    stages, args = _toy("scan")
-    good = execution._Computer.given
-    how = {"in bfloat16": lambda a: a.astype(jnp.bfloat16).astype(a.dtype), "transposed": lambda a: a.T, "another's": lambda a: jnp.roll(a, 1, 0)}[fault]
-
-    def given(self: Any, value: Any, mesh: int) -> Any:
-        array = good(self, value, mesh)
-        return jax.device_put(how(array), array.sharding) if array.ndim == 2 and mesh == 1 else array
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(EquivalenceError, match="param w arrives wrong on cs3"):
-        patch.setattr(execution._Computer, "given", given)
-        check(stages, *args)
 
 
 def test_what_a_call_writes_into_its_arguments_is_compared_or_told() -> None:
